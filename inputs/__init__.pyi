@@ -1,0 +1,10 @@
+from .budget import format_bytes as format_bytes
+from .config import DataConfig as DataConfig
+from .config import load_config as load_config
+from .data import ImageSet as ImageSet
+from .data import LearningData as LearningData
+from .data import load_learning_data as load_learning_data
+from .data import load_report_data as load_report_data
+from .errors import InputError as InputError
+from .models import build_model as build_model
+from .randomness import generator as generator

@@ -1,0 +1,351 @@
+"""YAML → OmegaConf → frozen pydantic models; errors name the path and the nearest right name.
+
+Nothing here imports torch: a config is read and refused in well under a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
+from yaml import MappingNode, MarkedYAMLError, SafeLoader, YAMLError, compose
+
+from inputs.errors import InputError
+
+__all__ = [
+    "ByteSize",
+    "DataConfig",
+    "FactoryModel",
+    "ModelConfig",
+    "OpenClipModel",
+    "Settings",
+    "SplitConfig",
+    "TimmModel",
+    "load_config",
+    "nearest",
+]
+
+_UNKNOWN_KEY = "unknown_key"
+_PYDANTIC_TYPES = frozenset(get_args(ErrorType))
+
+
+def nearest(found: object, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name: "; did you mean 'x'?", or all the known names."""
+    names = list(known)
+    close = difflib.get_close_matches(str(found), names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(map(repr, names))}" if names else ""
+
+
+class Settings(BaseModel):
+    """A frozen group of settings in which every key must be known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_the_nearest_key(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
+        """Say at an unknown key which one was meant.
+
+        This model knows its keys; whoever reports the error may not, since a field typed Any is
+        checked against a model that a validator chose.
+        """
+        try:
+            return handler(value)
+        except ValidationError as error:
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            raise ValidationError.from_exception_data(
+                error.title,
+                [_with_known_keys(one, known) for one in error.errors(include_url=False)],
+            ) from None
+
+
+def _with_known_keys(error: ErrorDetails, known: list[str]) -> InitErrorDetails:
+    kind: str | PydanticCustomError = error["type"]
+    if kind == "extra_forbidden" and len(error["loc"]) == 1:
+        text = f"unknown key{nearest(error['loc'][0], known) or '; there are no keys here'}"
+        kind = PydanticCustomError(_UNKNOWN_KEY, text)  # type: ignore[arg-type]
+    elif kind not in _PYDANTIC_TYPES:
+        kind = PydanticCustomError(error["type"], error["msg"])  # type: ignore[arg-type]
+    return InitErrorDetails(
+        type=kind, loc=error["loc"], input=error["input"], ctx=error.get("ctx", {})
+    )
+
+
+class TimmModel(Settings):
+    """Any timm model: `timm.create_model(name, num_classes=…, **kwargs)`."""
+
+    source: Literal["timm"]
+    name: str
+    kwargs: dict[str, Any] = {}
+
+
+class OpenClipModel(Settings):
+    """An open_clip vision tower with a linear head.
+
+    `head_weights` is a checkpoint with one [classes, dim] tensor, a zero-shot head; it is
+    multiplied by `logit_scale`, so that the head alone gives the logits. Tensor names are those
+    of the public 72-model CLIP zoo (2203.05482): `model.visual.*`, `classification_head.*`.
+    """
+
+    source: Literal["open_clip"]
+    name: str
+    kwargs: dict[str, Any] = {}
+    normalize_features: bool = True
+    head_weights: Path | None = None
+    logit_scale: PositiveFloat = 100.0
+
+
+class FactoryModel(Settings):
+    """A user's own model: this is the one setting that names code to run.
+
+    `factory` is `path/to/file.py:function` (relative to the config) or `package.module:function`;
+    it is called as `function(num_classes=…, **kwargs)` and returns a `torch.nn.Module`.
+    """
+
+    source: Literal["factory"]
+    factory: str
+    kwargs: dict[str, Any] = {}
+
+
+ModelConfig = Annotated[TimmModel | OpenClipModel | FactoryModel, Field(discriminator="source")]
+
+
+class SplitConfig(Settings):
+    """Which images make one split: `from` a split of the source, a `count` or a `fraction` of it.
+
+    With neither, the split is all of it.
+    """
+
+    source: str = Field(alias="from")
+    count: PositiveInt | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> SplitConfig:
+        if self.count is not None and self.fraction is not None:
+            raise ValueError("give `count` or `fraction`, not both")
+        return self
+
+
+Severity = Annotated[int, Field(ge=1, le=5)]
+
+
+class DataConfig(Settings):
+    """Images and their splits.
+
+    `path` is `digits` (embedded), a Hub id (`id@revision` for one revision), a folder of class
+    folders, or a folder or file of parquet; `size` and `channels` are what the model sees; `mean`
+    and `std` are per channel on [0, 1]. `shifts` are extra report sets: a corruption and its
+    severities.
+    """
+
+    path: str
+    size: PositiveInt | None = None
+    channels: Literal[1, 3] = 3
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[PositiveFloat, ...] = (0.5,)
+    image_column: str | None = None
+    label_column: str | None = None
+    fit: SplitConfig
+    tune: SplitConfig
+    select: SplitConfig
+    report: SplitConfig
+    shifts: dict[
+        Literal["noise", "blur", "rotation", "contrast"],
+        Annotated[list[Severity], Field(min_length=1)],
+    ] = {}
+    cache: Path = Path(".cache/images")
+    split_seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _per_channel(self) -> DataConfig:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(
+                    f"`{name}` has {len(values)} numbers; wanted 1, or one for each of the "
+                    f"{self.channels} channels"
+                )
+        return self
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load_config(path: str | Path, overrides: Sequence[str], schema: type[SettingsT]) -> SettingsT:
+    """The checked config at `path` with `key=value` overrides (OmegaConf dot lists) on top.
+
+    An override replaces what the file has for the key, also where that is a mapping.
+
+    Raises InputError with every problem found: file, key, what was found and what is allowed.
+    """
+    file = Path(path)
+    tree = _read_yaml(file)
+    problems: list[str] = []
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip("."):
+            problems.append(f"override {override!r}: wanted key=value")
+            continue
+        try:
+            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+            OmegaConf.update(tree, key, value, merge=False, force_add=True)
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
+            problems.append(f"override {override!r}: {_one_line(error)}")
+        else:
+            given[key] = override
+
+    def where(key: str) -> str:
+        for name, override in reversed(given.items()):
+            if f"{key}.".startswith(f"{name}."):
+                return f"override {override!r}"
+        return str(file)
+
+    broken: dict[str, str] = {}
+    data = _plain(tree, (), broken)
+    problems += [f"{where(key)}: {key}: {text}" for key, text in broken.items()]
+    try:
+        config = schema.model_validate(data)
+    except ValidationError as error:
+        for key, text in _explain(error, data).items():
+            if not any(f"{key}.".startswith(f"{known}.") for known in broken):
+                problems.append(f"{where(key)}: {key}: {text}" if key else f"{file}: {text}")
+        raise InputError("\n".join(problems)) from error
+    if problems:
+        raise InputError("\n".join(problems))
+    return config
+
+
+def _read_yaml(file: Path) -> DictConfig:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        folder = file.parent if file.parent.is_dir() else Path()
+        known = sorted(str(other) for other in folder.glob("*.y*ml"))
+        raise InputError(f"{file}: no such config file{nearest(file, known)}") from error
+    except IsADirectoryError as error:
+        known = sorted(str(other) for other in file.glob("*.y*ml"))
+        raise InputError(f"{file}: is a folder, wanted a YAML file{nearest('', known)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not a text file in UTF-8 ({error.reason})") from error
+    try:
+        root = compose(text, Loader=SafeLoader)
+        if root is not None and not isinstance(root, MappingNode):
+            raise InputError(f"{file}: wanted a mapping of `key: value` lines, found a {root.id}")
+        tree = OmegaConf.load(io.StringIO(text))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{file}{place}: is not YAML: {error.problem}") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{file}: is not YAML: {_one_line(error)}") from error
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def _plain(node: DictConfig | ListConfig, at: tuple[str, ...], broken: dict[str, str]) -> Any:
+    """`node` as dicts and lists, interpolations resolved; those that fail go to `broken`."""
+
+    def child(key: Any) -> Any:
+        path = (*at, str(key))
+        try:
+            value = node[key]
+            if isinstance(value, DictConfig | ListConfig):
+                return _plain(value, path, broken)
+        except (OmegaConfBaseException, RecursionError) as error:
+            broken[".".join(path)] = _one_line(error)
+            return None
+        return value
+
+    if isinstance(node, ListConfig):
+        return [child(index) for index in range(len(node))]
+    return {key: child(key) for key in node}
+
+
+def _explain(error: ValidationError, data: Any) -> dict[str, str]:
+    """Key → what is wrong with it, in the words of a config; alternatives are joined by 'or'."""
+    texts: dict[str, list[str]] = {}
+    for one in error.errors(include_url=False):
+        key = _key_in(one["loc"], data)
+        context = one.get("ctx", {})
+        if one["type"] == "union_tag_invalid":
+            key = f"{key}.{context['discriminator'].strip(chr(39))}"
+            text = _choice(context["tag"], context["expected_tags"])
+        elif one["type"] == "union_tag_not_found":
+            key = f"{key}.{context['discriminator'].strip(chr(39))}"
+            text = "missing; this key is required"
+        elif one["type"] in ("missing", _UNKNOWN_KEY):
+            text = one["msg"].replace("Field required", "missing; this key is required")
+        elif one["type"].startswith("byte_size"):
+            text = f"found {one['input']!r}; wanted bytes, such as 4GiB"
+        elif "expected" in context:
+            text = _choice(one["input"], context["expected"])
+        else:
+            text = _sentence(one["msg"], one["input"])
+        texts.setdefault(key, [])
+        if text not in texts[key]:
+            texts[key].append(text)
+    # Of a union's branches, one with a near name is the one that was meant.
+    meant = {key: [text for text in many if "did you mean" in text] for key, many in texts.items()}
+    return {key: ", or ".join(meant[key] or many) for key, many in texts.items()}
+
+
+def _key_in(location: tuple[int | str, ...], data: Any) -> str:
+    """The dotted key, without the parts that name a branch of a union and so are not in `data`."""
+    parts = []
+    for index, part in enumerate(location):
+        inside = range(len(data)) if isinstance(data, list) else data
+        if isinstance(data, Mapping | list) and part in inside:
+            data = data[part]  # type: ignore[index]
+        elif not isinstance(data, Mapping) or index + 1 < len(location):
+            continue
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _choice(found: Any, expected: str) -> str:
+    names = re.findall(r"'([^']*)'", expected)
+    close = difflib.get_close_matches(str(found), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"found {found!r}; wanted {expected}{hint}"
+
+
+def _sentence(message: str, found: Any) -> str:
+    message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    shown = "" if isinstance(found, Mapping) else f"found {_short(found)}"
+    if message.startswith("Input should be "):
+        wanted = message.removeprefix("Input should be ")
+        wanted = re.sub(r"^(?=less|greater)", "a number ", wanted)
+        wanted = f"wanted {wanted}"
+        return f"{shown}; {wanted}" if shown else f"found a mapping; {wanted}"
+    return f"{message} ({shown})" if shown and _short(found) not in message else message
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key:")[0].split())

@@ -1,0 +1,5 @@
+"""Tensor operations over several models at once; needs torch alone."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

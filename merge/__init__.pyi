@@ -1,0 +1,13 @@
+from .checkpoints import Checkpoint as Checkpoint
+from .checkpoints import CheckpointWriter as CheckpointWriter
+from .checkpoints import open_checkpoint as open_checkpoint
+from .coefficients import Coefficients as Coefficients
+from .coefficients import Ingredient as Ingredient
+from .coefficients import mean_coefficients as mean_coefficients
+from .cooking import cook as cook
+from .errors import MergeError as MergeError
+from .mixing import combine as combine
+from .preflight import Preflight as Preflight
+from .preflight import inspect_ingredients as inspect_ingredients
+from .scans import scan_all as scan_all
+from .stream import stream as stream

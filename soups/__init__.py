@@ -1,0 +1,5 @@
+"""Learn coefficients, evaluate, rank: the workflows and their commands."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

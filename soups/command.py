@@ -1,0 +1,117 @@
+"""What the command lines of `soups` share; imports no torch, so that `--help` comes at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fleet.errors import FleetError
+from inputs.errors import InputError
+from merge.errors import MergeError
+from soups.errors import SoupError
+
+if TYPE_CHECKING:
+    import torch
+
+MISTAKES = (InputError, MergeError, FleetError, SoupError, OSError)
+USER_MISTAKE = 2
+INTERRUPTED = 130
+OUR_PACKAGES = ("soups", "fleet", "merge", "inputs", "kernels")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, warnings only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every library's logs.")]
+
+
+def new_app() -> typer.Typer:
+    """A typer application with plain help and plain tracebacks."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@contextmanager
+def reported_errors(debug: bool) -> Iterator[None]:
+    """Turn the user's mistakes into one paragraph on stderr and exit code 2.
+
+    Each problem keeps a line of its own. Ctrl-C ends with 130. Any other exception is a bug: it
+    passes, with its traceback.
+    """
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # as a job in the background has it
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException as error:
+        # A library may make another error of an interruption, as numpy does while it is imported.
+        interrupted = bool(interrupts) or isinstance(error, KeyboardInterrupt)
+        if not interrupted and not isinstance(error, MISTAKES):
+            raise
+        if debug:
+            traceback.print_exc()
+        if interrupted:
+            text = "\nInterrupted; what was finished is kept; run the same command to go on."
+            typer.echo(text, err=True)
+            raise typer.Exit(INTERRUPTED) from error
+        typer.echo(f"error: {_lines(error)}", err=True)
+        raise typer.Exit(USER_MISTAKE) from error
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def configure_logging(*, quiet: bool, debug: bool) -> None:
+    """Our own logs on stderr; libraries' warnings and chatter only with `debug`."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(message)s")
+    for package in OUR_PACKAGES:
+        level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+        logging.getLogger(package).setLevel(level)
+    if not debug:
+        warnings.simplefilter("ignore")
+    if quiet:
+        # Read when those libraries are imported, which is later.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; SoupError for a device that is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SoupError(
+            f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda"
+        ) from error
+    return device
+
+
+def _lines(error: BaseException) -> str:
+    """The message without blank lines; lines after the first are indented."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return "\n  ".join(lines) or type(error).__name__

@@ -1,0 +1,274 @@
+"""The run behind `soups.learn`: zoo → preflight → plan → learners → soups → leaderboard."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from inputs.data import LearningData, load_learning_data, load_report_data
+from inputs.models import build_model
+from merge.coefficients import Coefficients
+from soups.barrier import probe_midpoints
+from soups.command import choose_device
+from soups.config import LearnConfig
+from soups.entries import evaluate_entry, soup_entry
+from soups.errors import SoupError
+from soups.ingredients import find_ingredients, open_zoo
+from soups.kitchen import cook_soup
+from soups.leaderboard import (
+    Row,
+    save_predictions,
+    terminal_table,
+    with_intervals,
+    write_leaderboard,
+)
+from soups.learners.registry import LEARNERS, Descent, LearnerSettings, WiseFT
+from soups.meter import Meter, memory_in_use
+from soups.norms import NormBuffers
+from soups.plan import Costs, RowPlan, check_budget, measure_activations, plan_learners, plan_table
+from soups.plots import plot_coefficients, plot_leaderboard
+from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
+from soups.references import references
+from soups.run import Run
+from soups.session import Session
+from soups.statistics import accuracy, correctness
+from soups.zoo import make_zoo
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config: LearnConfig, *, root: Path, fresh: bool, progress: bool, say: Callable[[str], None]
+) -> list[Row]:
+    """Everything that the config asks for, into `<output>/<name>/`; the leaderboard's rows.
+
+    What is finished is kept, unless its inputs changed or `fresh` is set (the zoo is always kept:
+    `soups.finetune --fresh` makes it again). `root` is where a model factory's path starts.
+    """
+    device = choose_device(config.device)
+    folder = config.output / config.name
+    check_writable(folder)
+    with locked(folder):
+        this = open_run(config, folder, device, root=root, fresh=fresh, progress=progress)
+        plans = _plan(this, say)
+        this.score_ingredients()
+        this.record.save()
+        soups = {
+            row: _soup(this, row, settings, plans[row]) for row, settings in config.learners.items()
+        }
+        rows = _leaderboard(this, soups)
+    say(terminal_table(rows))
+    say(f"\n{folder}: leaderboard.md, leaderboard.csv, run.json, coefficients/, soups/, pictures/")
+    return rows
+
+
+# --- before the long work ------------------------------------------------------------------------
+
+
+def open_run(
+    config: LearnConfig,
+    folder: Path,
+    device: torch.device,
+    *,
+    root: Path,
+    fresh: bool,
+    progress: bool,
+) -> Run:
+    """Load the images, make the zoo if it is missing, open and check it.
+
+    Raises InputError, SoupError, MergeError: what is wrong with the images, the settings, the zoo.
+    """
+    data = load_learning_data(config.data, memory_budget=config.memory_budget)
+    _check_learners(config, data)
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model, classes=len(data.classes), channels=config.data.channels, root=root
+    )
+    model = model.to(device).eval()
+    check_budget(model, in_use=memory_in_use(device), budget=config.memory_budget)
+    if config.zoo.finetune is not None and config.zoo.ingredients is None:
+        make_zoo(config, data, root=root, device=device, progress=progress)
+    zoo = open_zoo(
+        config.zoo,
+        model,
+        cache=folder / "work" / "scans.json",
+        memory_budget=config.memory_budget,
+        progress=progress,
+    )
+    norms = NormBuffers(model, config.norm_buffers, zoo, data.fit)
+    session = Session(
+        model=model,
+        zoo=zoo,
+        select=data.select,
+        norms=norms,
+        seed=config.seed,
+        eval_batch_size=config.eval_batch_size,
+        train_mode=config.train_mode,
+        progress=progress,
+    )
+    steps = Steps(folder, fresh=fresh)
+    record = RunRecord(
+        folder / "run.json",
+        config=config.model_dump(mode="json", by_alias=True),
+        seed=config.seed,
+        device=_device_name(device),
+    )
+    record.add(
+        tensors=zoo.preflight.carried,
+        notes=zoo.preflight.notes,
+        warnings=zoo.preflight.warnings,
+        checkpoints={
+            name: {"path": c.path, "sha256": i.sha256, "notes": c.notes}
+            for name, c, i in zip(zoo.names, zoo.checkpoints, zoo.ingredients, strict=True)
+        },
+    )
+    for warning in zoo.preflight.warnings:
+        log.warning(warning)
+    return Run(config, root, folder, data, session, steps, record)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _check_learners(config: LearnConfig, data: LearningData) -> None:
+    """What can be known to fail before any long work; all of it in one SoupError."""
+    problems = [
+        f"learners.{row}.batch_size: {settings.batch_size} is more than the {len(data.select)} "
+        "images of select; lower it, or give select more images"
+        for row, settings in config.learners.items()
+        if isinstance(settings, Descent) and settings.batch_size > len(data.select)
+    ]
+    made = config.zoo.finetune is not None and config.zoo.ingredients is None
+    known = made or find_ingredients(config.zoo)[1] is not None
+    problems += [
+        f"learners.{row}: wise_ft is the line from the base to a soup, and the base is not known; "
+        "name it with zoo.base, or take this row out"
+        for row, settings in config.learners.items()
+        if isinstance(settings, WiseFT) and not known
+    ]
+    if problems:
+        raise SoupError("\n".join(problems))
+
+
+def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
+    """Look for barriers, choose block sizes, print what the run will cost.
+
+    What was measured is kept: a killed run goes on with the same blocks although memory looks
+    different by then, and a new row leaves the blocks of the others as they are unless its batch
+    is larger than theirs.
+    """
+    session, steps = this.session, this.steps
+    budget = this.config.memory_budget
+    inputs = fingerprint(this.inputs | {"budget": budget, "batch": this.largest_batch})
+    if not steps.is_done("measure", inputs):
+        midpoints = [vars(m) | {"warning": m.warning} for m in probe_midpoints(session)]
+        images, labels = next(iter(session.select.batches(this.largest_batch)))
+        in_use = memory_in_use(session.device)
+        with Meter(session.device) as meter:
+            session.accuracy(session.probe(session.eval_batch_size))
+        costs = Costs(
+            ingredients=len(session.zoo.checkpoints),
+            weights=sum(session.numels.values()),
+            ingredient_bytes=sum(t.nbytes for t in session.zoo.checkpoints[0].tensors.values()),
+            activations=measure_activations(
+                session.model, images.to(session.device), labels.to(session.device)
+            ),
+            in_use=in_use,
+            evaluation=max(0, meter.peak_bytes - in_use),
+            budget=budget,
+        )
+        steps.finish("measure", inputs, [], {"midpoints": midpoints, "costs": vars(costs)})
+    measured = steps.result("measure")
+    plans = plan_learners(this.config.learners, Costs(**measured["costs"]))
+    warnings = [m["warning"] for m in measured["midpoints"] if m["warning"]]
+    for warning in warnings:
+        log.warning(warning)
+    this.record.add(
+        plan={row: vars(plan) for row, plan in plans.items()},
+        midpoints=measured["midpoints"],
+        warnings=warnings,
+    )
+    session.block_sizes = {row: p.block_size for row, p in plans.items() if p.block_size}
+    say(plan_table(plans).to_markdown(index=False))
+    return plans
+
+
+# --- learning and cooking ------------------------------------------------------------------------
+
+
+def _soup(this: Run, row: str, settings: LearnerSettings, plan: RowPlan) -> Coefficients:
+    """The learner's coefficients, and its soup in `soups/`; taken from the folder when finished."""
+    session, steps = this.session, this.steps
+    inputs = fingerprint(
+        this.inputs
+        | {"row": row, "settings": settings.model_dump(mode="json"), "block": plan.block_size}
+    )
+    path = this.folder / "coefficients" / f"{row}.json"
+    if not steps.is_done(f"learn/{row}", inputs):
+        log.info("learning %s", row)
+        session.begin(row, steps.scratch(f"learn/{row}", inputs))
+        with Meter(session.device) as meter:
+            coefficients = LEARNERS[settings.type].function()(session, settings)
+        spent = session.spent(meter)
+        session.load(coefficients)
+        selected = session.logits()
+        coefficients.save(path)
+        result = spent | {
+            "select_accuracy": accuracy(correctness(selected, session.select.labels)),
+            "record": session.record,
+        }
+        steps.finish(f"learn/{row}", inputs, [path], result)
+    coefficients = Coefficients.load(path)
+    _cook(this, row, coefficients)
+    return coefficients
+
+
+def _cook(this: Run, row: str, coefficients: Coefficients) -> None:
+    path = this.soup(row)
+    inputs = fingerprint(this.inputs | {"coefficients": coefficients.sha256})
+    if not this.steps.is_done(f"cook/{row}", inputs):
+        record = cook_soup(
+            this.session, coefficients, path, memory_budget=this.config.memory_budget
+        )
+        this.steps.finish(f"cook/{row}", inputs, [path], {"record": record})
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
+    """Evaluate every row on *select* and on the report sets; write tables, pictures, record."""
+    config, folder = this.config, this.folder
+    entries = [soup_entry(this, row, soup) for row, soup in soups.items()]
+    entries += references(this, soups)
+    # Learning is over: from here on, and only here, *report* is read.
+    report = load_report_data(config.data, memory_budget=config.memory_budget)
+    rows, predictions = [], {}
+    for entry in entries:
+        row, right = evaluate_entry(this, entry, {"select": this.data.select, **report})
+        rows.append(row)
+        predictions[entry.row] = right
+    singles = [r for r, s in config.learners.items() if s.type == "best_single"]
+    rows = with_intervals(rows, predictions, baseline=next(iter(singles), None), seed=config.seed)
+    save_predictions(folder / "predictions.npz", predictions)
+    write_leaderboard(
+        rows,
+        folder,
+        data=config.data.path,
+        select_examples=len(this.data.select),
+        report_examples=len(report["report"]),
+    )
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    plot_leaderboard(rows, pictures / "leaderboard.png")
+    for row, soup in soups.items():
+        plot_coefficients(soup, pictures / f"coefficients_{row}.png")
+    this.record.save()
+    return rows

@@ -1,0 +1,202 @@
+"""What a learner is handed: one model, the zoo, *select*, and the run's rules. Never *report*."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inputs.config import Settings
+from inputs.data import ImageSet
+from merge.checkpoints import Checkpoint
+from merge.coefficients import Coefficients
+from merge.mixing import combine
+from soups.deltas import Mixture
+from soups.evaluate import device_of, predict
+from soups.groups import group_tensors
+from soups.ingredients import Zoo
+from soups.meter import Meter
+from soups.norms import Groups, NormBuffers
+
+
+@dataclass(frozen=True)
+class IngredientScores:
+    """Accuracy of each ingredient on *select*, and the seconds that measuring it took."""
+
+    accuracies: tuple[float, ...]
+    seconds: float
+
+
+@dataclass
+class Session:
+    """The state that learners share; one learner at a time uses the one model.
+
+    `row` is the learner's name in the table: its random streams and its folder are named by it.
+    `record` collects what the learner has to say about its run.
+    """
+
+    model: nn.Module
+    zoo: Zoo
+    select: ImageSet
+    norms: NormBuffers
+    seed: int
+    eval_batch_size: int
+    train_mode: bool = False
+    progress: bool = True
+    block_sizes: dict[str, int] = field(default_factory=dict)
+    ingredients: IngredientScores = IngredientScores((), 0.0)
+    row: str = ""
+    folder: Path = Path()
+    record: dict[str, Any] = field(default_factory=dict)
+    examples_forward: int = 0
+    examples_backward: int = 0
+    steps: int = 0
+    shared_seconds: float = 0.0
+
+    def begin(self, row: str, folder: Path) -> None:
+        """Start one row of the table; in `folder` it keeps what it needs to go on when killed."""
+        self.row, self.folder, self.record = row, folder, {}
+        self.examples_forward = self.examples_backward = 0
+        self.steps, self.shared_seconds = 0, 0.0
+
+    def spent(self, meter: Meter) -> dict[str, float]:
+        """What the row has cost so far; passes are over *select*."""
+        return {
+            "seconds": meter.seconds + self.shared_seconds,
+            "peak_bytes": meter.peak_bytes,
+            "steps": self.steps,
+            "forward_passes": self.examples_forward / len(self.select),
+            "backward_passes": self.examples_backward / len(self.select),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
+
+    @cached_property
+    def numels(self) -> dict[str, int]:
+        """The tensors that learners mix, in the model's order, and their sizes."""
+        parameters = self.model.named_parameters()
+        return {n: p.numel() for n, p in parameters if self._with_tied((n,))}
+
+    def groups(self, settings: Settings) -> Groups:
+        """The groups that these settings ask for; the whole model where they do not say."""
+        return group_tensors(self.numels, getattr(settings, "groups", "model"))
+
+    def mixture(self, groups: Groups, capacity: int) -> Mixture:
+        """A fresh mixture over the session's model; what is not mixed is put in place."""
+        self._load_carried()
+        return Mixture(self.model, groups, capacity, self.zoo.stored)
+
+    def coefficients(
+        self,
+        groups: Groups,
+        matrix: Float[np.ndarray, "ingredients groups"],
+        settings: Settings,
+        *,
+        with_base: bool = False,
+        temperature: float = 1.0,
+    ) -> Coefficients:
+        """The artefact: the learner's columns, the tied names and the norm buffers' columns."""
+        buffer_groups, columns = self.norms.columns(groups, matrix)
+        named = {g: self._with_tied(names) for g, names in groups.items()}
+        base = self.zoo.base_ingredient if with_base else None
+        return Coefficients(
+            ingredients=self.zoo.ingredients,
+            groups=named | buffer_groups,
+            matrix=np.concatenate([matrix, columns], axis=1),
+            base=base,
+            carried=dict(self.zoo.preflight.carried),
+            norm_buffers=self.norms.rule,
+            temperature=temperature,
+            method=self.row,
+            settings=settings.model_dump(mode="json"),
+        )
+
+    def load(self, coefficients: Coefficients) -> None:
+        """Give the model the very weights that cooking these coefficients writes."""
+        self._load_carried()
+        state = self._state()
+        first = self.zoo.checkpoints[0]
+        sources = [*self.zoo.checkpoints]
+        if coefficients.base is not None and self.zoo.base is not None:
+            sources.append(self.zoo.base)
+        for name in coefficients.tensors:
+            if name in state:
+                mixed = combine(
+                    lambda k, name=name: sources[k].read(self.zoo.stored(sources[k], name)),
+                    coefficients.weights(name),
+                    dtype=first.tensors[self.zoo.stored(first, name)].dtype,
+                )
+                state[name].copy_(mixed)
+        self.norms.recalibrate()
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Give the model an ingredient's weights and buffers; what is carried is so here, too."""
+        self._load_carried()
+        for name, tensor in self._state().items():
+            stored = self.zoo.stored(checkpoint, name)
+            if stored and name not in self.zoo.preflight.carried:
+                tensor.copy_(checkpoint.read(stored))
+
+    def logits(self, images: ImageSet | None = None) -> Float[Tensor, "rows classes"]:
+        """The logits on *select*, or on some of it, of the model as it is."""
+        images = images or self.select
+        self.examples_forward += len(images)
+        return predict(self.model, images, batch_size=self.eval_batch_size)
+
+    def accuracy(self, images: ImageSet | None = None) -> float:
+        """The accuracy on *select*, or on some of it, of the model as it is."""
+        images = images or self.select
+        return (self.logits(images).argmax(1) == images.labels).double().mean().item()
+
+    def probe(self, count: int) -> ImageSet:
+        """The first `count` images of *select*."""
+        return self.select.subset(torch.arange(min(count, len(self.select))))
+
+    def whole_model(self) -> Groups:
+        """All mixed tensors as one group."""
+        return group_tensors(self.numels, "model")
+
+    def ingredient_accuracies(self) -> list[float]:
+        """Each ingredient's own accuracy on *select*: measured once in a run, counted by every
+        learner that asks for it, as if it had run alone."""
+        self.examples_forward += len(self.select) * len(self.zoo.checkpoints)
+        self.shared_seconds += self.ingredients.seconds
+        return list(self.ingredients.accuracies)
+
+    def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One shuffled pass over *select* on the model's device, counted forward and back."""
+        if self.train_mode:  # dropout draws from torch's own stream
+            torch.manual_seed(generator.initial_seed())
+        for images, labels in self.select.batches(batch_size, generator=generator):
+            self.examples_forward += len(labels)
+            self.examples_backward += len(labels)
+            self.steps += 1
+            yield images.to(self.device), labels.to(self.device)
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def _load_carried(self) -> None:
+        """Put what is not mixed in place: from the base, else from the first ingredient."""
+        sources = [c for c in (self.zoo.base, self.zoo.checkpoints[0]) if c is not None]
+        for name, tensor in self._state().items():
+            if name in self.zoo.preflight.carried:
+                holder = next((c for c in sources if self.zoo.stored(c, name)), None)
+                if holder is not None:
+                    tensor.copy_(holder.read(self.zoo.stored(holder, name)))
+
+    def _with_tied(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names that the checkpoints have for these tensors, tied ones included."""
+        known = set(self.zoo.preflight.mixed)
+        return tuple(
+            n for name in names for n in (name, *self.zoo.tied.get(name, ())) if n in known
+        )

@@ -1,0 +1,127 @@
+"""What a run will cost: block sizes that fit the budget, and predictions that can be checked."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from soups.errors import SoupError
+from soups.learners.registry import Greedy, Learned, Mehl, MehlLayerwise, Uniform
+from soups.plan import Costs, check_budget, measure_activations, plan_learners, plan_table
+
+MIB = 2**20
+# One copy of the weights is 4 MiB; model, images and activations take 30 MiB.
+COSTS = Costs(
+    ingredients=10,
+    weights=MIB,
+    ingredient_bytes=4 * MIB,
+    in_use=20 * MIB,
+    activations=10 * MIB,
+    budget=100 * MIB,
+)
+
+
+@pytest.mark.parametrize(
+    ("budget", "size", "blocks"), [(38, 1, 10), (41, 1, 10), (42, 2, 5), (46, 3, 4), (900, 10, 1)]
+)
+def test_the_block_is_the_largest_that_fits(budget: int, size: int, blocks: int):
+    costs = dataclasses.replace(COSTS, budget=budget * MIB)
+    plan = plan_learners({"mehl": Mehl()}, costs)["mehl"]
+    assert (plan.block_size, plan.blocks) == (size, blocks)
+    # The model and the images, the activations, the centre, and the rows.
+    assert plan.peak_bytes == (20 + 10 + 4 + 4 * size) * MIB
+    assert plan.forward_passes == plan.backward_passes == blocks * 5
+    assert plan.read_bytes == 20 * 4 * MIB  # the mean, then each ingredient once
+
+
+@given(
+    budget=st.integers(1, 2000),
+    ingredients=st.integers(2, 80),
+    asked=st.none() | st.integers(1, 100),
+    outer=st.integers(1, 3),
+)
+def test_the_predicted_peak_is_in_the_budget_or_the_plan_is_refused(
+    budget: int, ingredients: int, asked: int | None, outer: int
+):
+    costs = dataclasses.replace(COSTS, budget=budget * MIB, ingredients=ingredients)
+    learners = {"mehl": MehlLayerwise(block_size=asked, outer_epochs=outer)}
+    least = 34 + 4 * (min(asked, ingredients) if asked else 1)
+    if budget < least:
+        with pytest.raises(SoupError, match="memory_budget"):
+            plan_learners(learners, costs)
+        return
+    plan = plan_learners(learners, costs)["mehl"]
+    assert plan.peak_bytes <= costs.budget
+    assert plan.block_size is not None
+    assert plan.blocks == outer * -(-ingredients // plan.block_size)
+    if asked:
+        assert plan.block_size == min(asked, ingredients)
+    elif plan.block_size < ingredients:
+        assert plan.peak_bytes + 4 * MIB > costs.budget
+
+
+def test_too_small_a_budget_names_every_row_and_what_would_do():
+    costs = dataclasses.replace(COSTS, budget=37 * MIB)
+    learners = {"all": Learned(), "mehl": Mehl(), "uniform": Uniform(), "greedy": Greedy()}
+    with pytest.raises(SoupError) as refused:
+        plan_learners(learners, costs)
+    text = str(refused.value)
+    assert "memory_budget: 37.0 MiB is too small" in text
+    assert "mehl needs 38.0 MiB" in text
+    assert "all needs 70.0 MiB" in text
+    assert "uniform needs" not in text
+    assert "raise the budget" in text
+
+
+def test_a_budget_below_the_model_is_refused_at_once():
+    model = nn.Linear(1024, 1024, bias=False)  # 4 MiB
+    check_budget(model, in_use=20 * MIB, budget=28 * MIB)
+    with pytest.raises(
+        SoupError, match=r"memory_budget: 27\.0 MiB is too small.* 28\.0 MiB in all"
+    ):
+        check_budget(model, in_use=20 * MIB, budget=27 * MIB)
+
+
+def test_activations_are_what_autograd_keeps():
+    rows, wide = 256, 512
+    model = nn.Sequential(nn.Linear(64, wide), nn.ReLU(), nn.Linear(wide, 10))
+    images, labels = torch.randn(rows, 64), torch.zeros(rows, dtype=torch.int64)
+    found = measure_activations(model, images, labels)
+    # Images, the ReLU's result, log-softmax and labels; then the largest gradient.
+    kept = 4 * rows * 64 + 4 * rows * wide + 4 * rows * 10 + 8 * rows
+    assert found == pytest.approx(kept + 4 * 64 * wide, rel=0.01)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_activations_predict_what_a_step_was_measured_to_hold():
+    """Against torch's allocator: what a forward pass has taken and not given back."""
+    rows, head = 128, 16 * 28 * 28
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(head, 10),
+    )
+    images, labels = torch.randn(rows, 3, 32, 32), torch.zeros(rows, dtype=torch.int64)
+    predicted = measure_activations(model, images, labels)
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=cpu) as trace:
+        loss = nn.functional.cross_entropy(model(images), labels)
+    held = sum(event.self_cpu_memory_usage for event in trace.key_averages())
+    del loss
+    # The images were there before, and the largest gradient comes after.
+    assert predicted - images.nbytes - 4 * head * 10 == pytest.approx(held, rel=0.05)
+
+
+def test_the_table_is_readable():
+    plans = plan_learners({"mehl": Mehl(), "uniform": Uniform()}, COSTS)
+    table = plan_table(plans).set_index("learner")
+    assert table.loc["mehl", "predicted peak"] == "74.0 MiB"
+    assert table.loc["mehl", "block size"] == 10
+    assert table.loc["uniform", "block size"] == ""

@@ -1,0 +1,119 @@
+"""What learners are handed: counts, groups, the same weights as cooking, tied parameters."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from soups.kitchen import cook_soup
+from soups.learners.registry import LEARNERS, MehlLayerwise, Uniform
+from soups.meter import Meter
+from tests.soups.conftest import open_session
+
+TIED = """
+from torch import nn
+
+
+class Tied(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, images):
+        hidden = self.first(images.flatten(1)).relu()
+        return self.head(self.second(hidden).relu())
+"""
+
+
+@pytest.mark.parametrize("rule", ["uniform", "convex", "recalibrate"])
+def test_load_gives_the_weights_that_cooking_writes(kitchen: Path, tmp_path: Path, rule: str):
+    session = open_session(kitchen, tmp_path, norm_buffers=rule)
+    settings = MehlLayerwise(groups="layer")
+    groups = session.groups(settings)
+    matrix = np.random.default_rng(0).dirichlet(np.full(5, 3.0), size=len(groups)).T
+    coefficients = session.coefficients(groups, matrix, settings)
+    session.load(coefficients)
+    loaded = {n: t.clone() for n, t in session.model.state_dict().items()}
+    cook_soup(session, coefficients, tmp_path / "soup.safetensors", memory_budget=2**28)
+    cooked = load_file(tmp_path / "soup.safetensors")
+    assert cooked.keys() == loaded.keys()
+    for name, tensor in session.model.state_dict().items():
+        assert cooked[name].equal(tensor), name
+        if "tracked" not in name:
+            assert loaded[name].equal(tensor), name
+
+
+def test_what_a_row_has_cost_is_counted_from_its_beginning(kitchen: Path, tmp_path: Path):
+    session = open_session(kitchen, tmp_path)
+    session.accuracy()
+    session.begin("row", tmp_path)
+    session.accuracy(session.probe(100))
+    steps = sum(1 for _ in session.epoch(100, torch.Generator().manual_seed(0)))
+    with Meter(session.device) as meter:
+        pass
+    spent = session.spent(meter)
+    assert steps == spent["steps"] == 5
+    assert spent["forward_passes"] == pytest.approx((100 + 449) / 449)
+    assert spent["backward_passes"] == 1
+    assert session.record == {}
+
+
+def test_groups_are_the_whole_model_where_settings_do_not_say(kitchen: Path, tmp_path: Path):
+    session = open_session(kitchen, tmp_path)
+    assert list(session.groups(Uniform())) == ["model"]
+    assert session.groups(Uniform()) == session.whole_model()
+    assert list(session.groups(MehlLayerwise(groups="layer"))) == ["0", "1", "3", "4", "9"]
+
+
+def tied_zoo(folder: Path) -> None:
+    """A base and three ingredients around it; one names the tied weight twice, as torch does."""
+    (folder / "net.py").write_text(TIED)
+    scope: dict = {}
+    exec(TIED, scope)
+    torch.manual_seed(0)
+    model = scope["Tied"](10)
+    centre = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    (folder / "zoo").mkdir()
+    for k, name in enumerate(("base", "00", "01", "02")):
+        tensors = {n: t + 0.02 * k * torch.randn_like(t) for n, t in centre.items()}
+        tensors = {n: t.detach() for n, t in tensors.items()}
+        if name == "01":
+            tensors["second.weight"] = tensors["first.weight"]
+            torch.save(tensors, folder / "zoo" / f"{name}.pt")
+        else:
+            save_file(tensors, folder / "zoo" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("row", LEARNERS)
+def test_tied_parameters_are_mixed_once_and_stay_tied(tmp_path: Path, row: str):
+    tied_zoo(tmp_path)
+    quick = {
+        "learned": {"epochs": 1, "batch_size": 64},
+        "learned_layerwise": {"epochs": 1, "batch_size": 64},
+        "mehl": {"inner_epochs": 1, "batch_size": 64, "block_size": 2},
+        "mehl_layerwise": {"inner_epochs": 1, "batch_size": 64, "block_size": 2},
+    }
+    model = {"source": "factory", "factory": "net.py:Tied"}
+    session = open_session(tmp_path, tmp_path / "out", model=model, zoo={"path": tmp_path / "zoo"})
+    assert "second.weight" not in session.numels
+    settings = LEARNERS[row].settings.model_validate(quick.get(row, {}))
+    session.block_sizes[row] = 2
+    session.ingredients = type(session.ingredients)((0.1, 0.3, 0.2), 0.0)
+    session.begin(row, tmp_path / "work")
+    coefficients = LEARNERS[row].function()(session, settings)
+    assert session.model.first.weight is session.model.second.weight
+    cook_soup(session, coefficients, tmp_path / "soup.safetensors", memory_budget=2**28)
+    cooked = load_file(tmp_path / "soup.safetensors")
+    column = coefficients.column("first.weight")
+    parts = [*column, 1 - column.sum()] if coefficients.base else [*column]
+    sources = [*session.zoo.checkpoints, session.zoo.base]
+    wanted = sum(a * k.read("first.weight").double() for a, k in zip(parts, sources, strict=False))
+    torch.testing.assert_close(cooked["first.weight"].double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(session.model.second.weight.detach(), cooked["first.weight"])
+    if "second.weight" in cooked:
+        assert cooked["second.weight"].equal(cooked["first.weight"])
