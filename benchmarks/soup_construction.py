@@ -8,10 +8,8 @@ benchmarks/README.md says what the columns mean.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -28,6 +25,7 @@ import pandas as pd
 import timm
 import torch
 import typer
+from recording import append_rows
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +42,6 @@ from soups.learners.mehl import mehl
 from soups.learners.registry import Greedy, LearnedLayerwise, MehlLayerwise
 from soups.learners.selection import greedy
 from soups.norms import NormBuffers
-from soups.record import commit
 from soups.session import IngredientScores, Session
 
 BATCH = 8
@@ -55,8 +52,6 @@ NOISE = 0.01
 # The schedule of 2407.03641: five passes over *select* (for each block), on a set of this size.
 PUBLISHED_PASSES = 5
 PUBLISHED_IMAGES = 10_000
-
-RESULTS = Path(__file__).parents[1] / "results" / "benchmarks.csv"
 
 
 @dataclass(frozen=True)
@@ -179,7 +174,7 @@ def main(
     report(rows, _medians(limits), size)
     if record and not quick:
         allocator = "freed memory returned" if return_freed else "default allocator"
-        append(rows, repeats, f"{threads} threads; {allocator}")
+        append_rows(Path(__file__).stem, rows, repeats, f"{threads} threads; {allocator}")
 
 
 def run_fresh(case: str, size: Size, folder: Path, threads: int) -> dict[str, Any]:
@@ -275,37 +270,8 @@ def report(rows: list[dict[str, Any]], limits: dict[str, float], size: Size) -> 
         )
 
 
-def append(rows: list[dict[str, Any]], repeats: int, settings: str) -> None:
-    """Add one line per case and column to results/benchmarks.csv."""
-    origin = {
-        "date": date.today().isoformat(),
-        "commit": commit() or "",
-        "device": _processor(),
-        "benchmark": Path(__file__).stem,
-        "settings": settings,
-    }
-    fields = [*origin, "case", "column", "value", "repeats"]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in rows:
-            for column, value in row.items():
-                if column != "case" and value == value:
-                    entry = {"column": column, "value": f"{value:.6g}", "repeats": repeats}
-                    writer.writerow(origin | {"case": row["case"]} | entry)
-
-
 def _medians(measured: list[dict[str, float]]) -> dict[str, float]:
     return {key: median(m[key] for m in measured) for key in measured[0]}
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 # --- the ingredients -----------------------------------------------------------------------------

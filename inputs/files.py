@@ -1,12 +1,17 @@
-"""Write a file so that readers, and a killed run, see the old one or the new one; no torch."""
+"""Files that readers, and a killed run, see old or new and nothing between; locks; no torch."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from inputs.errors import InputError
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
@@ -41,6 +46,31 @@ def remove_stale_parts(path: Path) -> None:
         match = ours.fullmatch(entry.name)
         if match and not _is_running(int(match[1])):
             entry.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_by(lock: Path, *, who: str, remedy: str) -> Iterator[None]:
+    """Keep other runs out while this one works on `who`, with a lock file that stays.
+
+    The system drops the lock when the process ends, however it ends. Raises InputError with the
+    other run's process id and the remedy.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    # Opened for appending: the file must not be emptied before the lock is ours.
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise InputError(
+                f"{who}: another run (process {owner}) works there; wait for it, end it, or "
+                f"{remedy}"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def _host() -> str:

@@ -15,7 +15,7 @@ from merge.checkpoints import Checkpoint, CheckpointWriter, Scan, TensorInfo
 from merge.coefficients import Coefficients
 from merge.errors import MergeError
 from merge.mixing import combine, compute_dtype, mixing_order, scratch_numel
-from merge.stream import Item, Piece, stored_name, stream, tied_names
+from merge.stream import Item, Piece, Work, stored_name, stream, tied_names
 
 
 def cook(
@@ -41,25 +41,16 @@ def cook(
     result is not finite or a running variance is not positive.
     """
     out = Path(out)
-    coefficients.check_count(checkpoints, base)
-    sources = [*checkpoints, base] if coefficients.base is not None and base else [*checkpoints]
-    opened = [*checkpoints, base] if base else [*checkpoints]
-    _check_output(out, opened)
-    if scans is not None:
-        coefficients.check_ingredients(checkpoints, scans, base=base)
-    plan = _plan(coefficients, sources, base)
-    folded = _folded(fold_temperature, [item.output for item in plan])
-    kitchen = _Kitchen(coefficients, folded)
-    metadata = {"format": "pt", "coefficients": coefficients.sha256}
-    if fold_temperature is not None:
-        metadata["temperature_folded_into"] = fold_temperature
-    outputs = [item.output for item in plan]
+    work = plan_cooking(
+        coefficients, checkpoints, base=base, fold_temperature=fold_temperature, scans=scans
+    )
+    check_output_is_no_input(out, [*checkpoints, base] if base else checkpoints)
     with CheckpointWriter(
-        out, outputs, metadata=metadata, max_shard_bytes=max_shard_bytes
+        out, work.outputs, metadata=work.metadata, max_shard_bytes=max_shard_bytes
     ) as writer:
         streamed = stream(
-            plan,
-            kitchen.make,
+            work.items,
+            work.make,
             writer,
             memory_budget=memory_budget,
             progress=progress,
@@ -70,12 +61,33 @@ def cook(
         "coefficients": coefficients.sha256,
         "mixed": len(coefficients.tensors),
         "carried": dict(sorted(coefficients.carried.items())),
-        "casts": _casts(plan),
+        "casts": _casts(work.items),
         "temperature_folded_into": fold_temperature,
         "bytes_read": streamed.bytes_read,
         "bytes_written": streamed.bytes_written,
         "seconds": streamed.seconds,
     }
+
+
+def plan_cooking(
+    coefficients: Coefficients,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    base: Checkpoint | None = None,
+    fold_temperature: str | None = None,
+    scans: Sequence[Scan] | None = None,
+) -> Work:
+    """What has to be read, mixed and written for this soup; raises as `cook` does."""
+    coefficients.check_count(checkpoints, base)
+    sources = [*checkpoints, base] if coefficients.base is not None and base else [*checkpoints]
+    if scans is not None:
+        coefficients.check_ingredients(checkpoints, scans, base=base)
+    items = _plan(coefficients, sources, base)
+    folded = _folded(fold_temperature, [item.output for item in items])
+    metadata = {"format": "pt", "coefficients": coefficients.sha256}
+    if fold_temperature is not None:
+        metadata["temperature_folded_into"] = fold_temperature
+    return Work(items, _Kitchen(coefficients, folded).make, metadata)
 
 
 class _Kitchen:
@@ -191,7 +203,8 @@ def _untied(coefficients: Coefficients, tied: Mapping[str, Sequence[str]]) -> li
     ]
 
 
-def _check_output(out: Path, opened: Sequence[Checkpoint]) -> None:
+def check_output_is_no_input(out: Path, opened: Sequence[Checkpoint]) -> None:
+    """MergeError where writing to `out` would touch a file, or a folder, that is read."""
     for checkpoint in opened:
         for path in checkpoint.files:
             same = out.exists() and path.exists() and path.samefile(out)

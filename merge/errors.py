@@ -1,4 +1,6 @@
-"""The exception of this package."""
+"""The exception of this package, and all that a user can cause."""
+
+from inputs.errors import InputError
 
 
 class MergeError(ValueError):
@@ -6,3 +8,6 @@ class MergeError(ValueError):
 
     The message says where, what was found, what was wanted, and the remedy.
     """
+
+
+MISTAKES = (InputError, MergeError)

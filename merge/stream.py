@@ -1,8 +1,8 @@
 """Read the same tensor from many checkpoints, apply a function, write: one pass, bounded memory.
 
-A background thread reads ahead, in the order of the plan, into a ring of bytes; the caller's
-thread computes and writes. What is in flight is bounded by a byte budget and does not grow with
-the number of checkpoints. A merge method is a function of the tensors of one name.
+Background threads read ahead, in the order of the plan, into a ring of bytes; the caller's thread
+computes and writes. What is in flight is bounded by a byte budget and does not grow with the number
+of checkpoints. A merge method is a function of the tensors of one name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -28,6 +29,7 @@ PIECE_BYTES = 8 * 2**20
 TOGETHER_BYTES = 64 * 2**20
 ARENA_BYTES = 64 * 2**20
 ALIGNMENT_BYTES = 64
+READERS = 2
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Item:
 
     `sources` are read in this order, each once. `elementwise`: the sources have the shape of the
     output and any slice of the flat output needs only the same slice of each source, so that a
-    large tensor may be done in slices. `together`: the function needs all sources at once;
-    otherwise each is valid only until the next is taken, and memory does not grow with their
-    number. `workspace_bytes` is what the function allocates per element of the output, its
-    result included. `finite`: a result with NaN or infinity is an error.
+    large tensor may be done in slices, each but the last of a multiple of `multiple` elements.
+    `together`: the function needs all sources at once; otherwise each is valid only until the next
+    is taken, and memory does not grow with their number. `workspace_bytes` is what the function
+    allocates per element of the output, its result included. `finite`: a result with NaN or
+    infinity is an error. Without `writes` the function only looks, and returns None.
     """
 
     output: TensorInfo
@@ -48,6 +51,8 @@ class Item:
     together: bool = False
     workspace_bytes: int = 0
     finite: bool = True
+    multiple: int = 1
+    writes: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,46 @@ class Piece:
         return self.item.output.shape if self.whole else (self.stop - self.start,)
 
 
-PieceFunction = Callable[[Piece, Iterator[Tensor]], Tensor]
+PieceFunction = Callable[[Piece, Iterator[Tensor]], Tensor | None]
+Observer = Callable[[Checkpoint, str, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A plan, the function that makes its pieces, and the metadata of the file they go into.
+
+    `looks` are passes that write nothing and have to come before, in order.
+    """
+
+    items: list[Item]
+    make: PieceFunction
+    metadata: dict[str, str]
+    looks: tuple[tuple[list[Item], PieceFunction], ...] = ()
+
+    @property
+    def outputs(self) -> list[TensorInfo]:
+        return [item.output for item in self.items if item.writes]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a pass over a plan takes: bytes read and written, the most bytes held, pieces."""
+
+    bytes_read: int
+    bytes_written: int
+    held_bytes: int
+    pieces: int
+
+
+def forecast(plan: Sequence[Item], memory_budget: int) -> Forecast:
+    """What `stream` will do with this plan; MergeError where it does not fit the budget."""
+    pieces, arena_bytes, work_bytes = _cut(plan, memory_budget)
+    return Forecast(
+        bytes_read=sum(info.nbytes for item in plan for info in _source_infos(item)),
+        bytes_written=sum(item.output.nbytes for item in plan if item.writes),
+        held_bytes=arena_bytes + work_bytes,
+        pieces=len(pieces),
+    )
 
 
 @dataclass(frozen=True)
@@ -84,9 +128,10 @@ class Streamed:
 def stream(
     plan: Sequence[Item],
     function: PieceFunction,
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | None,
     *,
     memory_budget: int,
+    observe: Observer | None = None,
     progress: bool = True,
     title: str = "merging",
 ) -> Streamed:
@@ -94,25 +139,31 @@ def stream(
 
     `tensors` gives the piece's sources in the item's order, in their stored dtypes; the function
     returns the result in the output's dtype and the piece's shape (it may be one of the sources).
+    A plan that writes nothing needs no writer.
     `memory_budget` bounds the bytes of sources, workspace and results that are held at once.
+    `observe(checkpoint, name, start, tensor)` sees all that is read, in the reading threads: the
+    flat elements of one tensor from `start` on, each tensor's slices in order.
     Raises MergeError where a tensor that cannot be sliced does not fit it, or a result is not
     finite; what the reader thread or the writer raises comes out here, and the thread is ended.
     """
     started = time.perf_counter()
-    pieces, arena_bytes = _cut(plan, memory_budget)
+    pieces, arena_bytes, _ = _cut(plan, memory_budget)
     total_bytes = sum(info.nbytes for item in plan for info in _source_infos(item))
     written_bytes = 0
     bar = tqdm(
         total=total_bytes, desc=title, unit="B", unit_scale=True, disable=not progress, leave=False
     )
-    with bar, _Reader((read for piece in pieces for read in _reads(piece)), arena_bytes) as reader:
+    reads = (read for piece in pieces for read in _reads(piece))
+    with bar, _Reader(reads, arena_bytes, observe) as reader:
         for piece in pieces:
             tensors = _tensors(piece, reader, bar)
             result = function(piece, tensors)
-            if piece.item.finite:
-                _check_finite(piece, result)
-            writer.write(piece.item.output.name, result, start=None if piece.whole else piece.start)
-            written_bytes += result.nbytes
+            if result is not None and writer is not None:
+                if piece.item.finite:
+                    _check_finite(piece, result)
+                start = None if piece.whole else piece.start
+                writer.write(piece.item.output.name, result, start=start)
+                written_bytes += result.nbytes
             for _ in tensors:  # what the function did not ask for was read ahead all the same
                 pass
     return Streamed(total_bytes, written_bytes, time.perf_counter() - started, len(pieces))
@@ -176,8 +227,8 @@ def _source_infos(item: Item) -> list[TensorInfo]:
 # --- cutting the plan into pieces ---------------------------------------------------------------
 
 
-def _cut(plan: Sequence[Item], memory_budget: int) -> tuple[list[Piece], int]:
-    """The pieces in order, and the bytes of the ring, such that ring + workspace fit the budget."""
+def _cut(plan: Sequence[Item], memory_budget: int) -> tuple[list[Piece], int, int]:
+    """The pieces in order, the bytes of the ring, those of workspace; both fit the budget."""
     whole_read = whole_work = 0  # the largest read, and workspace, of an item that is not sliced
     for item in plan:
         if item.elementwise:
@@ -207,7 +258,7 @@ def _cut(plan: Sequence[Item], memory_budget: int) -> tuple[list[Piece], int]:
         starts = range(0, numel, step) if numel else (0,)
         pieces += [Piece(item, start, min(start + step, numel)) for start in starts]
     arena_bytes = min(memory_budget - largest_work, max(ARENA_BYTES, 2 * largest_read))
-    return pieces, max(arena_bytes, largest_read)
+    return pieces, max(arena_bytes, largest_read), largest_work
 
 
 def _step(item: Item, read: int, memory_budget: int, whole_read: int, whole_work: int) -> int:
@@ -226,7 +277,16 @@ def _step(item: Item, read: int, memory_budget: int, whole_read: int, whole_work
             f"{memory_budget} bytes, wanted at least {needed} to merge one element at a time; "
             "raise memory_budget"
         )
-    return max(min(limits), 1)
+    step = min(limits)
+    if item.multiple > 1:
+        step = max(step // item.multiple, 1) * item.multiple
+        if step > min(limits[1:]):
+            raise MergeError(
+                f"{item.output.name!r} {list(item.output.shape)} from {len(item.sources)} "
+                f"checkpoints is merged {item.multiple} elements (a row) at a time: memory_budget "
+                f"is {memory_budget} bytes, which holds {min(limits[1:])}; raise memory_budget"
+            )
+    return max(step, 1)
 
 
 def _span(item: Item, sizes: Sequence[int]) -> int:
@@ -294,14 +354,17 @@ def _reads(piece: Piece) -> Iterator[list[_Request]]:
 
 
 class _Reader:
-    """A thread that does the reads in order, as far ahead as a ring of `arena_bytes` has room.
+    """Threads that do the reads in order, as far ahead as a ring of `arena_bytes` has room.
 
     Blocks are given out and come back in the same order, so the ring never fragments; a read
     whose block does not fit before the ring's end starts at its beginning.
     """
 
-    def __init__(self, reads: Iterator[list[_Request]], arena_bytes: int) -> None:
+    def __init__(
+        self, reads: Iterator[list[_Request]], arena_bytes: int, observe: Observer | None
+    ) -> None:
         self._reads = reads
+        self._observe = observe
         self._arena = torch.empty(arena_bytes, dtype=torch.uint8)
         self._blocks: deque[tuple[int, int]] = deque()  # [start, end) in flight, oldest first
         self._ready: deque[list[Tensor] | BaseException] = deque()
@@ -341,17 +404,24 @@ class _Reader:
 
     def _run(self) -> None:
         try:
-            for requests in self._reads:
-                offset = self._reserve(sum(_aligned(request.nbytes) for request in requests))
-                if offset is None:
-                    return
-                tensors = []
-                for request in requests:
-                    tensors.append(request.into(self._arena[offset:]))
-                    offset += _aligned(request.nbytes)
-                self._hand_over(tensors)
+            with ThreadPoolExecutor(READERS, thread_name_prefix="merge-read") as readers:
+                for requests in self._reads:
+                    offset = self._reserve(sum(_aligned(request.nbytes) for request in requests))
+                    if offset is None:
+                        return
+                    blocks = []
+                    for request in requests:
+                        blocks.append(self._arena[offset:])
+                        offset += _aligned(request.nbytes)
+                    self._hand_over(list(readers.map(self._read, requests, blocks)))
         except BaseException as error:  # raised again in take(), in the caller's thread
             self._hand_over(error)
+
+    def _read(self, request: _Request, block: Tensor) -> Tensor:
+        tensor = request.into(block)
+        if self._observe is not None:
+            self._observe(request.checkpoint, request.info.name, request.start, tensor)
+        return tensor
 
     def _hand_over(self, result: list[Tensor] | BaseException) -> None:
         with self._changed:

@@ -1,4 +1,8 @@
-"""The exception of this package."""
+"""The exception of this package, and all that a user can cause."""
+
+from fleet.errors import FleetError
+from inputs.errors import InputError
+from merge.errors import MergeError
 
 
 class SoupError(ValueError):
@@ -6,3 +10,6 @@ class SoupError(ValueError):
 
     The message says where, what was found, what was wanted, and the remedy.
     """
+
+
+MISTAKES = (InputError, MergeError, FleetError, SoupError)

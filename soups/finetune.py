@@ -11,8 +11,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import typer
 
-from inputs.config import load_config
-from soups.command import (
+from inputs.command import (
     ConfigPath,
     Debug,
     Fresh,
@@ -23,8 +22,9 @@ from soups.command import (
     new_app,
     reported_errors,
 )
+from inputs.config import load_config
 from soups.config import LearnConfig
-from soups.errors import SoupError
+from soups.errors import MISTAKES, SoupError
 
 app = new_app()
 
@@ -41,7 +41,7 @@ def finetune(
 
     The config is that of `soups.learn`. What is finished is kept; run it again to go on.
     """
-    with reported_errors(debug):
+    with reported_errors(debug, MISTAKES):
         configure_logging(quiet=quiet, debug=debug)
         settings = load_config(config, overrides or [], LearnConfig)
         if settings.zoo.finetune is None:

@@ -8,8 +8,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # Nothing is begun while the imports run: Ctrl-C ends them without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from inputs.config import load_config
-from soups.command import (
+from inputs.command import (
     ConfigPath,
     Debug,
     Fresh,
@@ -19,7 +18,9 @@ from soups.command import (
     new_app,
     reported_errors,
 )
+from inputs.config import load_config
 from soups.config import LearnConfig
+from soups.errors import MISTAKES
 
 app = new_app()
 
@@ -36,7 +37,7 @@ def learn(
 
     What is finished is not run again unless its inputs changed; run the same command to go on.
     """
-    with reported_errors(debug):
+    with reported_errors(debug, MISTAKES):
         configure_logging(quiet=quiet, debug=debug)
         settings = load_config(config, overrides or [], LearnConfig)
         from soups.pipeline import run

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from inputs.command import choose_device
 from inputs.data import LearningData, load_learning_data, load_report_data
 from inputs.models import build_model
 from merge.coefficients import Coefficients
 from soups.barrier import probe_midpoints
-from soups.command import choose_device
 from soups.config import LearnConfig
 from soups.entries import evaluate_entry, soup_entry
 from soups.errors import SoupError

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import datetime
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from inputs.files import write_whole
+from inputs.files import locked_by, write_whole
 from soups.errors import SoupError
 
 WORK = "work"
@@ -51,30 +50,14 @@ def check_writable(folder: str | Path) -> None:
         ) from error
 
 
-@contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path) -> AbstractContextManager[None]:
     """Keep other runs out of a results folder while this one works in it.
 
-    The system drops the lock when the process ends, however it ends. Raises SoupError with the
-    other run's process id.
+    Raises InputError with the other run's process id.
     """
-    path = Path(folder) / WORK / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened for appending: the file must not be emptied before the lock is ours.
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise SoupError(
-                f"{folder}: another run (process {owner}) works in this folder; wait for it, end "
-                "it, or give this run another name"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+    return locked_by(
+        Path(folder) / WORK / "lock", who=str(folder), remedy="give this run another name"
+    )
 
 
 class RunRecord:

@@ -1,4 +1,5 @@
 from .open import open_checkpoint as open_checkpoint
+from .scan import Hasher as Hasher
 from .scan import Scan as Scan
 from .scan import scan as scan
 from .tensors import Checkpoint as Checkpoint

@@ -11,7 +11,9 @@ from merge.errors import MergeError
 
 ENVELOPES = ("state_dict", "model_state_dict", "model")
 EMA_ENVELOPES = ("state_dict_ema", "model_ema", "ema")
-PREFIXES = ("module.", "model.", "_orig_mod.")
+WRAPPERS = ("module.", "_orig_mod.")
+"""What data parallelism and torch.compile put before every name."""
+PREFIXES = (*WRAPPERS, "model.")
 
 T = TypeVar("T")
 
@@ -66,9 +68,9 @@ def unwrap(root: Any, *, ema: bool, where: str) -> tuple[dict[str, PickledTensor
 
 
 def strip_prefixes(
-    stored: Mapping[str, T], known: Collection[str] = ()
+    stored: Mapping[str, T], known: Collection[str] = (), prefixes: Collection[str] = PREFIXES
 ) -> tuple[dict[str, T], list[str]]:
-    """`stored` without the prefixes that all of its names share, and a note if there were any.
+    """`stored` without those of `prefixes` that all its names share, and a note if there were any.
 
     Where the model's names are `known`, no more is stripped than finds most of them: a model may
     itself have all of its tensors below `model.`.
@@ -78,7 +80,7 @@ def strip_prefixes(
     while names:
         shared = [
             prefix
-            for prefix in PREFIXES
+            for prefix in prefixes
             if all(name.startswith(prefix) and name != prefix for name in names)
         ]
         if not shared:

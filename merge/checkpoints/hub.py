@@ -22,7 +22,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def fetch_snapshot(name: str, revision: str | None) -> Path:
-    """The local folder of the Hub's model `name`: its weights, safetensors where there are any.
+    """The local folder of the Hub's model `name`: its weights, safetensors where there are any,
+    and the small files that go with them.
 
     Raises MergeError where the Hub cannot be reached or does not have it.
     """
@@ -36,7 +37,10 @@ def fetch_snapshot(name: str, revision: str | None) -> Path:
     try:
         for patterns in wanted:
             snapshot = snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+                name,
+                revision=revision,
+                allow_patterns=[*patterns, "*.json", "*.jinja", "*.txt", "*.model"],
+                ignore_patterns="*/*",
             )
             folder = Path(snapshot)
             if any(path for pattern in patterns for path in folder.glob(pattern)):

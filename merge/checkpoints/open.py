@@ -7,7 +7,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 
-from merge.checkpoints.envelopes import strip_prefixes
+from merge.checkpoints.envelopes import PREFIXES, strip_prefixes
 from merge.checkpoints.files import HEADER_BYTES_LIMIT, InputFile
 from merge.checkpoints.folder import INDEX_SUFFIX, Opened, choose_in_folder, read_sharded
 from merge.checkpoints.hub import fetch_snapshot, is_hub_id
@@ -21,6 +21,7 @@ def open_checkpoint(
     path_or_id: str | Path,
     *,
     names: Collection[str] = (),
+    prefixes: Collection[str] = PREFIXES,
     ema: bool = False,
     revision: str | None = None,
     memory_budget: int | None = None,
@@ -28,9 +29,9 @@ def open_checkpoint(
     """Open a checkpoint from its headers alone: a file, a folder, or a Hugging Face Hub id.
 
     Files are safetensors or of torch.save (zip or older; weights only, nothing is executed);
-    folders hold one such file or an index of several. `names` are the model's where it is known:
-    they say how far prefixes are stripped. `ema` chooses averaged weights, `revision` one of the
-    Hub's; a header larger than `memory_budget` bytes is not read.
+    folders hold one such file or an index of several. Of `prefixes` those that all names share are
+    stripped; `names` are the model's where it is known: they say how far. `ema` chooses averaged
+    weights, `revision` one of the Hub's; a header larger than `memory_budget` is not read.
     Raises MergeError for anything that is no checkpoint, corrupt, or wants to run code.
     """
     label = str(path_or_id)
@@ -53,7 +54,7 @@ def open_checkpoint(
             stored, more = read_sharded(path, open_file, read_file)
         else:
             stored, more = read_file(open_file(path))
-        stored, stripped = strip_prefixes(stored, names)
+        stored, stripped = strip_prefixes(stored, names, prefixes)
         if not stored:
             raise MergeError(f"{label}: has no tensors; it is a checkpoint without weights")
         checkpoint = Checkpoint(label, stored, [*notes, *more, *stripped])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from merge.checkpoints.tensors import Checkpoint, tensor_bytes
+
+READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Scan:
     nonfinite: dict[str, int]
 
 
-def scan(checkpoint: Checkpoint, *, chunk_bytes: int = 4 << 20) -> Scan:
+def scan(checkpoint: Checkpoint, *, chunk_bytes: int = READ_BYTES) -> Scan:
     """Hash every tensor and count its NaN and infinite values, `chunk_bytes` at a time.
 
     A tensor that is stored with gaps or transposed is read whole.
@@ -53,12 +56,45 @@ def scan(checkpoint: Checkpoint, *, chunk_bytes: int = 4 << 20) -> Scan:
         digests[name] = digest.hexdigest()
         if bad:
             nonfinite[name] = bad
+    ordered = {name: digests[name] for name in checkpoint.tensors}
+    whole = _hash_of_all(checkpoint, digests)
+    return Scan(whole, ordered, {n: nonfinite[n] for n in ordered if n in nonfinite})
+
+
+class Hasher:
+    """The `sha256` of a scan, gathered from what is read of a checkpoint anyway."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._digests = {name: hashlib.sha256() for name in checkpoint.tensors}
+        self._seen = dict.fromkeys(checkpoint.tensors, 0)
+
+    def observe(self, name: str, start: int, tensor: Shaped[Tensor, ...]) -> None:
+        """Take the flat elements from `start` on; what was seen before or comes too early is left.
+
+        Several threads may observe different tensors.
+        """
+        if start == self._seen[name]:
+            self._digests[name].update(tensor_bytes(tensor))
+            self._seen[name] += tensor.numel()
+
+    def sha256(self) -> str:
+        """The hash; what was not observed is read now."""
+        for name, info in self.checkpoint.tensors.items():
+            step = max(READ_BYTES // info.dtype.itemsize, 1)
+            while (start := self._seen[name]) < info.numel:
+                stop = min(start + step, info.numel)
+                self.observe(name, start, self.checkpoint.read(name, start=start, stop=stop))
+        digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        return _hash_of_all(self.checkpoint, digests)
+
+
+def _hash_of_all(checkpoint: Checkpoint, digests: Mapping[str, str]) -> str:
     whole = hashlib.sha256()
     for name, info in checkpoint.tensors.items():
         dtype = str(info.dtype).removeprefix("torch.")
         whole.update(json.dumps([name, dtype, info.shape, digests[name]]).encode())
-    ordered = {name: digests[name] for name in checkpoint.tensors}
-    return Scan(whole.hexdigest(), ordered, {n: nonfinite[n] for n in ordered if n in nonfinite})
+    return whole.hexdigest()
 
 
 def count_nonfinite(values: Shaped[Tensor, " numel"]) -> int:

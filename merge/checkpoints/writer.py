@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from types import TracebackType
 from jaxtyping import Shaped
 from torch import Tensor
 
-from inputs.files import part_path, remove_stale_parts
+from inputs.files import part_path, remove_stale_parts, write_whole
 from merge.checkpoints.files import HEADER_BYTES_LIMIT
 from merge.checkpoints.safetensors_file import DTYPE_NAMES
 from merge.checkpoints.tensors import TensorInfo, tensor_bytes
@@ -56,14 +56,9 @@ class CheckpointWriter:
         if max_shard_bytes is None:
             self._shards = [_Shard(self.path, infos, metadata or {})]
         else:
-            parts = _split(infos, max_shard_bytes)
+            shards = split_shards(infos, max_shard_bytes)
             self._shards = [
-                _Shard(
-                    self.path / f"model-{number:05}-of-{len(parts):05}.safetensors",
-                    part,
-                    metadata or {},
-                )
-                for number, part in enumerate(parts, start=1)
+                _Shard(self.path / name, part, metadata or {}) for name, part in shards.items()
             ]
         self._shard_of = {name: shard for shard in self._shards for name in shard.infos}
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._shard_of}
@@ -158,19 +153,8 @@ class CheckpointWriter:
         index.unlink(missing_ok=True)
         for shard in self._shards:
             shard.rename()
-        weight_map = {name: shard.path.name for name, shard in sorted(self._shard_of.items())}
-        total = sum(info.nbytes for shard in self._shards for info in shard.infos.values())
-        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        part = part_path(index)
-        try:
-            with open(part, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(index)
-            _sync_folder(self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_index(index, {s.path.name: s.order for s in self._shards})
+        _sync_folder(self.path)
 
     def _discard(self) -> None:
         for shard in self._shards:
@@ -282,8 +266,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _split(infos: list[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
-    """Consecutive tensors of at most `max_bytes` together, at least one each."""
+def split_shards(infos: Sequence[TensorInfo], max_bytes: int) -> dict[str, list[TensorInfo]]:
+    """File name → the consecutive tensors in it, of at most `max_bytes` together or only one."""
     if max_bytes <= 0:
         raise MergeError(f"max_shard_bytes is {max_bytes}, wanted a positive number of bytes")
     parts: list[list[TensorInfo]] = [[]]
@@ -294,4 +278,16 @@ def _split(infos: list[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
             used = 0
         parts[-1].append(info)
         used += info.nbytes
-    return parts
+    return {
+        f"model-{number:05}-of-{len(parts):05}.safetensors": part
+        for number, part in enumerate(parts, start=1)
+    }
+
+
+def write_index(path: Path, shards: Mapping[str, Sequence[TensorInfo]]) -> None:
+    """Write the index.json that says which shard holds which tensor."""
+    content = {
+        "metadata": {"total_size": sum(i.nbytes for part in shards.values() for i in part)},
+        "weight_map": {info.name: file for file, part in shards.items() for info in part},
+    }
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True))

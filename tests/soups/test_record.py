@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from inputs.errors import InputError
 from soups.errors import SoupError
 from soups.record import (
     RunRecord,
@@ -53,7 +54,7 @@ def _lock_in_other_process(folder: Path, answer) -> None:
     try:
         with locked(folder):
             answer.put("locked")
-    except SoupError as error:
+    except InputError as error:
         answer.put(str(error))
 
 

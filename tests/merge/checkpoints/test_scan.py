@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge.checkpoints import open_checkpoint, scan
+from merge.checkpoints import Hasher, open_checkpoint, scan
 from merge.checkpoints.scan import count_nonfinite
 
 
@@ -84,3 +84,16 @@ def test_large_finite_values_are_finite() -> None:
     assert count_nonfinite(torch.full((1000,), torch.finfo(torch.float32).max)) == 0
     assert count_nonfinite(torch.full((1000,), 65504.0, dtype=torch.float16)) == 0
     assert count_nonfinite(torch.full((10,), 2**62)) == 0
+
+
+def test_the_hash_of_what_was_read_anyway_is_that_of_the_scan(tmp_path):
+    tensors = {"a": torch.randn(1000), "b": torch.randn(3, 4).half(), "c": torch.tensor(7)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        hasher = Hasher(checkpoint)
+        hasher.observe("a", 0, checkpoint.read("a", start=0, stop=300))
+        hasher.observe("a", 700, checkpoint.read("a", start=700, stop=1000))  # too early
+        hasher.observe("a", 300, checkpoint.read("a", start=300, stop=600))
+        hasher.observe("a", 0, checkpoint.read("a", start=0, stop=300))  # again
+        hasher.observe("c", 0, checkpoint.read("c"))
+        assert hasher.sha256() == scan(checkpoint).sha256

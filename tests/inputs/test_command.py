@@ -12,10 +12,10 @@ import typer
 from typer.testing import CliRunner
 
 from fleet.errors import FleetError
+from inputs.command import choose_device, configure_logging, new_app, reported_errors
 from inputs.errors import InputError
 from merge.errors import MergeError
-from soups.command import choose_device, configure_logging, new_app, reported_errors
-from soups.errors import SoupError
+from soups.errors import MISTAKES, SoupError
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ def run(error: BaseException, *, debug: bool = False):
 
     @app.command()
     def command():
-        with reported_errors(debug):
+        with reported_errors(debug, MISTAKES):
             raise error
 
     return CliRunner().invoke(app, [])
@@ -69,7 +69,7 @@ def test_an_interruption_that_a_library_turned_into_another_error():
 
     @app.command()
     def command():
-        with reported_errors(debug=False):
+        with reported_errors(False, MISTAKES):
             try:
                 signal.raise_signal(signal.SIGINT)
             except KeyboardInterrupt:
@@ -85,7 +85,7 @@ def test_an_interruption_that_a_library_turned_into_another_error():
 def test_an_ignored_interruption_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with reported_errors(debug=False):
+        with reported_errors(False, MISTAKES):
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -118,12 +118,12 @@ def test_devices():
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in {"cpu", "cuda"}
     for name in ("gpu0", "cuda:99"):
-        with pytest.raises(SoupError, match=f"device: '{name}' cannot be used here"):
+        with pytest.raises(InputError, match=f"device: '{name}' cannot be used here"):
             choose_device(name)
 
 
 def test_needs_no_torch():
-    code = "import sys, soups.command, soups.finetune; print('torch' in sys.modules)"
+    code = "import sys, inputs.command, soups.finetune; print('torch' in sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )

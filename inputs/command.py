@@ -1,4 +1,4 @@
-"""What the command lines of `soups` share; imports no torch, so that `--help` comes at once."""
+"""What the command lines share; imports no torch, so that `--help` comes at once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fleet.errors import FleetError
 from inputs.errors import InputError
-from merge.errors import MergeError
-from soups.errors import SoupError
 
 if TYPE_CHECKING:
     import torch
 
-MISTAKES = (InputError, MergeError, FleetError, SoupError, OSError)
 USER_MISTAKE = 2
 INTERRUPTED = 130
 OUR_PACKAGES = ("soups", "fleet", "merge", "inputs", "kernels")
@@ -43,11 +39,13 @@ def new_app() -> typer.Typer:
 
 
 @contextmanager
-def reported_errors(debug: bool) -> Iterator[None]:
-    """Turn the user's mistakes into one paragraph on stderr and exit code 2.
+def reported_errors(
+    debug: bool, mistakes: tuple[type[Exception], ...], *, go_on: str = "run the same command"
+) -> Iterator[None]:
+    """Turn the user's `mistakes`, and OSErrors, into one paragraph on stderr and exit code 2.
 
-    Each problem keeps a line of its own. Ctrl-C ends with 130. Any other exception is a bug: it
-    passes, with its traceback.
+    Each problem keeps a line of its own. Ctrl-C ends with 130, and says how to `go_on`. Any other
+    exception is a bug: it passes, with its traceback.
     """
     interrupts: list[int] = []
 
@@ -63,13 +61,12 @@ def reported_errors(debug: bool) -> Iterator[None]:
     except BaseException as error:
         # A library may make another error of an interruption, as numpy does while it is imported.
         interrupted = bool(interrupts) or isinstance(error, KeyboardInterrupt)
-        if not interrupted and not isinstance(error, MISTAKES):
+        if not interrupted and not isinstance(error, (*mistakes, OSError)):
             raise
         if debug:
             traceback.print_exc()
         if interrupted:
-            text = "\nInterrupted; what was finished is kept; run the same command to go on."
-            typer.echo(text, err=True)
+            typer.echo(f"\nInterrupted; what was finished is kept; {go_on} to go on.", err=True)
             raise typer.Exit(INTERRUPTED) from error
         typer.echo(f"error: {_lines(error)}", err=True)
         raise typer.Exit(USER_MISTAKE) from error
@@ -92,7 +89,7 @@ def configure_logging(*, quiet: bool, debug: bool) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; SoupError for a device that is not there."""
+    """`auto` is the GPU where there is one; InputError for a device that is not there."""
     import torch
 
     if name == "auto":
@@ -102,7 +99,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise SoupError(
+        raise InputError(
             f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda"
         ) from error
     return device

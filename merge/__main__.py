@@ -1,0 +1,145 @@
+"""`python -m merge config.yaml OUT`: checkpoints in, one checkpoint out."""
+
+from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Nothing is begun while the imports run: Ctrl-C ends them without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from typer.core import TyperGroup
+
+from inputs.command import ConfigPath, Debug, Overrides, Quiet, configure_logging, reported_errors
+from merge.errors import MISTAKES
+
+
+class _ConfigFirst(TyperGroup):
+    """A first word that is no command is the config of a merge."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "--help"}:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_ConfigFirst,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help=f"{__doc__.strip()} `run` may be left out." if __doc__ else None,
+)
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or a .safetensors file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier merge made.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A file, a folder or a Hub id.")]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL...")]
+Base = Annotated[str | None, typer.Option("--base", help="What they were fine-tuned from.")]
+
+
+def _size(text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r} is no size; wanted bytes, such as 5GB") from error
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    out: Out,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed merge.")] = False,
+    overwrite: Overwrite = False,
+    max_shard_size: Annotated[str, typer.Option(help="The most bytes of one file.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and stop.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Merge checkpoints as a config in mergekit's shape says."""
+    with reported_errors(debug, MISTAKES, go_on="run the same command with --resume"):
+        configure_logging(quiet=quiet, debug=debug)
+        from inputs.config import load_config
+        from merge.config import MergeConfig
+
+        settings = load_config(config, overrides or [], MergeConfig)
+        max_shard_bytes = _size(max_shard_size)
+        from merge.output import check_output
+
+        check_output(out, overwrite=overwrite)
+        from merge.merging import describe, merge, prepare
+
+        if dry_run:
+            with ExitStack() as opened:
+                kitchen = prepare(settings, out, opened, progress=not quiet)
+                typer.echo(describe(kitchen, max_shard_bytes=max_shard_bytes, out=out))
+            return
+        record = merge(
+            settings,
+            out,
+            max_shard_bytes=max_shard_bytes,
+            resume=resume,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+        if not quiet:
+            from inputs.budget import format_bytes
+
+            typer.echo(
+                f"{out}: {format_bytes(record['bytes_written'])} from "
+                f"{format_bytes(record['bytes_read'])} in {record['seconds']:.1f} s, peak "
+                f"{format_bytes(record['peak_bytes'])}"
+            )
+
+
+@app.command()
+def inspect(
+    models: Models,
+    base: Base = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A folder for the tables and the picture.")
+    ] = None,
+    memory_budget: Annotated[str, typer.Option(help="The most bytes of tensors.")] = "512MiB",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare models: norms, cosines of their deltas, sign conflicts, frozen and tied tensors."""
+    with reported_errors(debug, MISTAKES), ExitStack() as opened:
+        configure_logging(quiet=quiet, debug=debug)
+        budget = _size(memory_budget)
+        from merge.checkpoints import open_checkpoint
+        from merge.inspection import inspect_models
+
+        checkpoints = [opened.enter_context(open_checkpoint(model)) for model in models]
+        anchor = opened.enter_context(open_checkpoint(base)) if base is not None else None
+        inspection = inspect_models(
+            checkpoints, base=anchor, memory_budget=budget, progress=not quiet
+        )
+        typer.echo(inspection.to_markdown())
+        if out is not None:
+            from merge.heatmap import plot_inspection
+
+            inspection.save(out)
+            plot_inspection(inspection).savefig(out / "inspection.png", dpi=150)
+            typer.echo(f"\n{out}: tables as CSV, inspection.png")
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None) -> None:
+    """Print the catalogue of merge methods, or all there is to know of one."""
+    with reported_errors(False, MISTAKES):
+        from merge.documentation import methods_text
+
+        typer.echo(methods_text(name))
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m merge")

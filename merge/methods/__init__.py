@@ -1,0 +1,1 @@
+"""The merge methods: pure functions on the tensors of one name."""
