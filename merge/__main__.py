@@ -8,6 +8,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # Nothing is begun while the imports run: Ctrl-C ends them without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,6 +131,76 @@ def inspect(
             inspection.save(out)
             plot_inspection(inspection).savefig(out / "inspection.png", dpi=150)
             typer.echo(f"\n{out}: tables as CSV, inspection.png")
+
+
+@app.command()
+def adapters(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Merge LoRA adapters into one adapter, as a config says: no base is read."""
+    with reported_errors(debug, MISTAKES), ExitStack() as opened:
+        configure_logging(quiet=False, debug=debug)
+        from inputs.config import load_config
+        from merge.adapters.config import AdapterMergeConfig
+
+        settings = load_config(config, overrides or [], AdapterMergeConfig)
+        import torch
+
+        from merge.adapters import combine_adapters, open_adapter
+
+        record = combine_adapters(
+            [opened.enter_context(open_adapter(entry.model)) for entry in settings.models],
+            settings.merge_method,
+            weights=[entry.parameters.weight for entry in settings.models],
+            out=out,
+            rank=settings.rank,
+            seed=settings.seed,
+            dtype=getattr(torch, settings.dtype),
+            **settings.parameters,
+        )
+        _write_record(out, record)
+
+
+@app.command()
+def extract(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    base: Annotated[str, typer.Option("--base", help="What it was fine-tuned from.")],
+    rank: Annotated[int | None, typer.Option(help="The rank of every module.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="The share of squared singular values to keep.")
+    ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Leave out what no adapter can hold.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Extract a LoRA adapter from a full fine-tune, by rank or by energy."""
+    with reported_errors(debug, MISTAKES), ExitStack() as opened:
+        configure_logging(quiet=False, debug=debug)
+        from merge.adapters import extract_adapter
+        from merge.checkpoints import open_checkpoint
+        from merge.checkpoints.envelopes import WRAPPERS
+
+        record = extract_adapter(
+            opened.enter_context(open_checkpoint(base, prefixes=WRAPPERS)),
+            opened.enter_context(open_checkpoint(model, prefixes=WRAPPERS)),
+            out,
+            rank=rank,
+            energy=energy,
+            allow_partial=allow_partial,
+        )
+        _write_record(out, record)
+
+
+def _write_record(out: Path, record: dict[str, Any]) -> None:
+    from inputs.files import write_whole
+
+    write_whole(out / "merge.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+    typer.echo(f"{out}: an adapter; merge.json has what was kept of each module")
 
 
 @app.command()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -24,8 +24,10 @@ from merge.stream import Item, Piece, PieceFunction, Work
 
 # A tensor whose sources take no more than this share of the budget is measured and merged from
 # one reading; of a larger one the sources are read twice.
-WHOLE_SHARE = 4
+WHOLE_SHARE = 2
 GRAM_CHUNK = 8 * CHUNK
+# What one thread merges at a time, of all sources together, unless they are very many.
+SLICE_BYTES = 8 * 2**20
 
 
 def plan_work(
@@ -115,19 +117,23 @@ class _Kitchen:
         self.jobs: dict[str, _Job] = {}
         self._seed = seed
         self._device = device
-        threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(
-            threads, "merge", initializer=torch.set_num_threads, initargs=(1,)
+            torch.get_num_threads(), "merge", initializer=torch.set_num_threads, initargs=(1,)
         )
-        # Torch's own pool in each of these threads would wait for the others.
-        list(self._pool.map(time.sleep, [0.001] * threads))
-        torch.set_num_threads(threads)
 
     def make(self, piece: Piece, tensors: Iterator[Tensor]) -> Tensor | None:
         """The merged or carried tensor of this piece; None where it was only measured."""
         job = self.jobs[piece.item.output.name]
         if job.merge.method is None:
             return next(tensors).to(job.merge.output.dtype)
+        if job.acts_on == "tensors":
+            return self._make(job, piece, tensors)
+        with _one_thread():
+            return self._make(job, piece, tensors)
+
+    def _make(self, job: _Job, piece: Piece, tensors: Iterator[Tensor]) -> Tensor | None:
+        method = job.merge.method
+        assert method is not None
         if not piece.item.writes and job.gram is None:
             self._measure_each(job, tensors)
             return None
@@ -181,7 +187,9 @@ class _Kitchen:
             for selection, model in zip(job.over_model, models, strict=True)
             if number < len(selection.passes)
         ]
-        list(self._pool.map(lambda pair: look(*pair), seeing))
+        with _one_thread():
+            for selection, model in seeing:
+                look(selection, model)
 
     def _measure(self, job: _Job, sources: Sequence[Tensor]) -> None:
         method = job.merge.method
@@ -206,9 +214,8 @@ class _Kitchen:
             return measure_one(method, base, tensor, merge.settings, model, part)
 
         models = range(len(merge.models))
-        run = self._pool.map if together else map
         # `models` comes first: the readers' block of a tensor lasts until the next is asked for.
-        job.measured["measured"] = tuple(run(measure, models, tensors))
+        job.measured["measured"] = tuple(map(measure, models, tensors))
 
     def _add_gram(self, job: _Job, sources: Sequence[Tensor]) -> None:
         of = job.gram
@@ -220,7 +227,7 @@ class _Kitchen:
             base, models, _ = self._sorted(job, part)
             return gram_matrix(of, base, models)
 
-        for gram in self._pool.map(one, range(0, max(flat[0].numel(), 1), GRAM_CHUNK)):
+        for gram in map(one, range(0, max(flat[0].numel(), 1), GRAM_CHUNK)):
             job.measured["gram"] = job.measured.get("gram", 0) + gram
 
     # --- merging ---
@@ -229,7 +236,9 @@ class _Kitchen:
         numel = piece.stop - piece.start
         out = torch.empty(numel, dtype=job.merge.output.dtype)
         row = _row(job.merge.output) if job.acts_on == "rows" else 1
-        step = max(CHUNK // row, 1) * row if self._device.type == "cpu" else max(numel, 1)
+        step = max(_slice_numel(len(sources)) // row, 1) * row
+        if self._device.type != "cpu":
+            step = max(numel, 1)
         flat = [source.reshape(-1) for source in sources]
 
         def run(start: int) -> None:
@@ -241,8 +250,9 @@ class _Kitchen:
             out[start : start + step].copy_(result.reshape(-1))
 
         starts = range(0, max(numel, 1), step)
-        for _ in self._pool.map(run, starts) if len(starts) > 1 else map(run, starts):
-            pass
+        # Sorting rows lets other threads run meanwhile; quick operations only get in their way.
+        spread = self._pool.map if job.acts_on == "rows" else map
+        list(spread(run, starts))
         return out.view(piece.shape)
 
     def _merge(self, job: _Job, start: int, sources: Sequence[Tensor]) -> Tensor:
@@ -281,6 +291,21 @@ class _Kitchen:
         base = rest.pop(0) if job.merge.base is not None else None
         count = len(job.merge.models)
         return base, rest[:count], rest[count:]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from its own thread pool, whose threads wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _slice_numel(sources: int) -> int:
+    return max(SLICE_BYTES // (4 * max(sources, 1)), CHUNK)
 
 
 def _row(info: TensorInfo) -> int:

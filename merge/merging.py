@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -27,10 +27,14 @@ from merge.companions import check_config, copy_companions
 from merge.config import MergeConfig, parse_config
 from merge.cooking import check_output_is_no_input, plan_cooking
 from merge.engine import plan_work
+from merge.hashes import KnownHashes
 from merge.opening import open_models, statistics_of
 from merge.output import Output, check_output, open_output
 from merge.planning import MergePlan, plan_merge
 from merge.stream import Forecast, Work, forecast, stream
+
+if TYPE_CHECKING:
+    from merge.alignment import Alignment
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ def merge(
         print_ = kitchen.fingerprint(shards)
         with open_output(out, fingerprint=print_, resume=resume, overwrite=overwrite) as output:
             record = _run(kitchen, output, shards, progress=progress)
+            if kitchen.alignment is not None and kitchen.alignment.recalibrates:
+                record["notes"].append(kitchen.alignment.recalibrate(output.work))
             if not output.is_file:
                 _accompany(kitchen, output.work, record)
             output.commit(record, overwrite=overwrite)
@@ -78,6 +84,7 @@ class Kitchen:
     giver: Checkpoint
     plan: MergePlan | None
     notes: list[str]
+    alignment: Alignment | None = None
 
     def fingerprint(self, shards: Mapping[str, Sequence[TensorInfo]]) -> str:
         """A hash of the config, of the input files' sizes and times, and of the shards."""
@@ -101,6 +108,12 @@ def prepare(config: MergeConfig, out: Path, opened: ExitStack, *, progress: bool
     if config.coefficients is not None:
         return _prepare_soup(config, opened)
     checkpoints = open_models(config, opened)
+    alignment = None
+    if config.align is not None:
+        from merge.alignment import Alignment  # what traces models takes a while to import
+
+        alignment = Alignment(config, config.align)
+        checkpoints = alignment.align(checkpoints)
     plan = plan_merge(config, checkpoints)
     check_config(plan.giver.files[0].parent, layers=plan.layers)
     folder = out.with_name(f"{out.name}.statistics")
@@ -112,7 +125,7 @@ def prepare(config: MergeConfig, out: Path, opened: ExitStack, *, progress: bool
         memory_budget=config.memory_budget,
         device=device,
     )
-    return Kitchen(config, checkpoints, work, plan.giver, plan, list(plan.notes))
+    return Kitchen(config, checkpoints, work, plan.giver, plan, list(plan.notes), alignment)
 
 
 def _prepare_soup(config: MergeConfig, opened: ExitStack) -> Kitchen:
@@ -142,7 +155,9 @@ def _shards(work: Work, out: Path, max_shard_bytes: int) -> dict[str, list[Tenso
 def _run(
     kitchen: Kitchen, output: Output, shards: Mapping[str, list[TensorInfo]], *, progress: bool
 ) -> dict[str, Any]:
-    hashers = {id(c): Hasher(c) for c in kitchen.checkpoints.values()}
+    known = KnownHashes()
+    hashes = {reference: known.get(c) for reference, c in kitchen.checkpoints.items()}
+    hashers = {id(c): Hasher(c) for ref, c in kitchen.checkpoints.items() if hashes[ref] is None}
 
     def observe(checkpoint: Checkpoint, name: str, start: int, tensor: torch.Tensor) -> None:
         if id(checkpoint) in hashers:
@@ -177,7 +192,12 @@ def _run(
     if len(shards) > 1:
         write_index(output.work / "model.safetensors.index.json", shards)
     done = [output.finished(file) or {} for file in shards]
-    return _record(kitchen, {ref: hashers[id(c)] for ref, c in kitchen.checkpoints.items()}) | {
+    for reference, checkpoint in kitchen.checkpoints.items():
+        if hashes[reference] is None:
+            hashes[reference] = hashers[id(checkpoint)].sha256()
+            known.put(checkpoint, hashes[reference] or "")
+    known.save()
+    return _record(kitchen, hashes) | {
         "bytes_read": sum(one["bytes_read"] for one in done),
         "bytes_written": sum(one["bytes_written"] for one in done),
         "seconds": sum(one["seconds"] for one in done),
@@ -185,13 +205,13 @@ def _run(
     }
 
 
-def _record(kitchen: Kitchen, hashers: Mapping[str, Hasher]) -> dict[str, Any]:
+def _record(kitchen: Kitchen, hashes: Mapping[str, str | None]) -> dict[str, Any]:
     merges = kitchen.plan.tensors if kitchen.plan is not None else ()
     return {
         "config": config_yaml(kitchen.config),
         "ingredients": [
-            {"name": reference, "path": hasher.checkpoint.path, "sha256": hasher.sha256()}
-            for reference, hasher in hashers.items()
+            {"name": reference, "path": checkpoint.path, "sha256": hashes[reference]}
+            for reference, checkpoint in kitchen.checkpoints.items()
         ],
         "methods": dict(Counter(m.method.name for m in merges if m.method is not None)),
         "carried": {m.output.name: m.reason for m in merges if m.method is None},

@@ -26,7 +26,7 @@ from merge.mixing import CHUNK
 # A piece's reads need not be larger than this to run at the disk's speed, and smaller pieces
 # stay in the cache between reading, computing and writing.
 PIECE_BYTES = 8 * 2**20
-TOGETHER_BYTES = 64 * 2**20
+TOGETHER_BYTES = 16 * 2**20
 ARENA_BYTES = 64 * 2**20
 ALIGNMENT_BYTES = 64
 READERS = 2
