@@ -1,3 +1,4 @@
+from . import methods as methods
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import CheckpointWriter as CheckpointWriter
 from .checkpoints import open_checkpoint as open_checkpoint
@@ -6,8 +7,10 @@ from .coefficients import Ingredient as Ingredient
 from .coefficients import mean_coefficients as mean_coefficients
 from .cooking import cook as cook
 from .errors import MergeError as MergeError
+from .inspection import inspect_models as inspect_models
+from .merging import merge as merge
 from .mixing import combine as combine
+from .part import Part as Part
 from .preflight import Preflight as Preflight
 from .preflight import inspect_ingredients as inspect_ingredients
 from .scans import scan_all as scan_all
-from .stream import stream as stream

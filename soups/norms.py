@@ -10,8 +10,8 @@ from torch import nn
 
 from inputs.data import ImageSet
 from inputs.models import check_norm_buffers, norm_buffer_names
+from merge.align import recalibrate_norms
 from soups.errors import SoupError
-from soups.evaluate import device_of
 from soups.ingredients import Zoo
 
 Rule = Literal["uniform", "convex", "recalibrate"]
@@ -90,24 +90,8 @@ class NormBuffers:
         """Estimate the running statistics on the first images of *fit*, if that is the rule."""
         if self.rule != "recalibrate" or not self.names:
             return
-        norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        momenta = [norm.momentum for norm in norms]
-        modes = [(m, m.training) for m in self._model.modules()]
-        self._model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
         images = self._fit.subset(torch.arange(min(len(self._fit), RECALIBRATION_IMAGES)))
-        seen = 0
-        for batch, _ in images.batches(RECALIBRATION_BATCH):
-            seen += len(batch)
-            for norm in norms:
-                norm.momentum = len(batch) / seen  # the mean over images, whatever the batches
-            self._model(batch.to(device_of(self._model)))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
+        recalibrate_norms(self._model, images.batches(RECALIBRATION_BATCH))
         check_norm_buffers(self._model)
 
     def _check_variances(self, zoo: Zoo) -> None:

@@ -39,13 +39,14 @@ def test_a_file_is_put_in_place_with_its_record(tmp_path: Path):
 
 
 def test_what_fails_leaves_the_output_away_and_the_work_to_resume(tmp_path: Path):
-    with (
-        pytest.raises(RuntimeError),
-        open_output(tmp_path / "out", fingerprint="f", resume=False, overwrite=False) as output,
-    ):
-        (output.work / "a.safetensors").write_text("a")
-        output.finish("a.safetensors", {"seconds": 2.0})
-        raise RuntimeError
+    def fail() -> None:
+        with open_output(tmp_path / "out", fingerprint="f", resume=False, overwrite=False) as one:
+            (one.work / "a.safetensors").write_text("a")
+            one.finish("a.safetensors", {"seconds": 2.0})
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert not (tmp_path / "out").exists()
     with open_output(tmp_path / "out", fingerprint="f", resume=True, overwrite=False) as output:
         assert output.finished("a.safetensors") == {"seconds": 2.0}
@@ -97,7 +98,7 @@ def test_an_empty_folder_is_no_obstacle_but_a_strangers_is_never_overwritten(tmp
 def test_file_and_folder_are_not_confused(tmp_path: Path):
     (tmp_path / "a.safetensors").mkdir()
     (tmp_path / "b").write_text("")
-    with pytest.raises(MergeError, match="is a folder; name a .safetensors file"):
+    with pytest.raises(MergeError, match=r"is a folder; name a \.safetensors file"):
         merge_into(tmp_path / "a.safetensors")
     with pytest.raises(MergeError, match="is a file; name a folder"):
         merge_into(tmp_path / "b", overwrite=True)

@@ -1,0 +1,12 @@
+from .checkpoints import AlignedCheckpoint as AlignedCheckpoint
+from .checkpoints import align_checkpoints as align_checkpoints
+from .checkpoints import aligned_checkpoint as aligned_checkpoint
+from .groups import PermutationGroups as PermutationGroups
+from .groups import check_groups as check_groups
+from .groups import derive_groups as derive_groups
+from .matching import match_weights as match_weights
+from .permutations import Permutations as Permutations
+from .permutations import apply_permutations as apply_permutations
+from .permutations import identity as identity
+from .permutations import random_permutations as random_permutations
+from .recalibrate import recalibrate_norms as recalibrate_norms
