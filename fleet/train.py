@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 EVAL_BATCH_SIZE = 512
 
 
+@runtime_checkable
 class TrainingData(Protocol):
     """What a model is trained on, and what its own stopping may look at."""
 

@@ -40,8 +40,10 @@ __all__ = [
     "Settings",
     "SplitConfig",
     "TimmModel",
+    "explain",
     "load_config",
     "nearest",
+    "with_known_keys",
 ]
 
 _UNKNOWN_KEY = "unknown_key"
@@ -76,11 +78,12 @@ class Settings(BaseModel):
             known = [field.alias or name for name, field in cls.model_fields.items()]
             raise ValidationError.from_exception_data(
                 error.title,
-                [_with_known_keys(one, known) for one in error.errors(include_url=False)],
+                [with_known_keys(one, known) for one in error.errors(include_url=False)],
             ) from None
 
 
-def _with_known_keys(error: ErrorDetails, known: list[str]) -> InitErrorDetails:
+def with_known_keys(error: ErrorDetails, known: list[str]) -> InitErrorDetails:
+    """The error again, to be raised with others; an unknown key is told the nearest known one."""
     kind: str | PydanticCustomError = error["type"]
     if kind == "extra_forbidden" and len(error["loc"]) == 1:
         text = f"unknown key{nearest(error['loc'][0], known) or '; there are no keys here'}"
@@ -228,7 +231,7 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Setting
     try:
         config = schema.model_validate(data)
     except ValidationError as error:
-        for key, text in _explain(error, data).items():
+        for key, text in explain(error, data).items():
             if not any(f"{key}.".startswith(f"{known}.") for known in broken):
                 problems.append(f"{where(key)}: {key}: {text}" if key else f"{file}: {text}")
         raise InputError("\n".join(problems)) from error
@@ -283,7 +286,7 @@ def _plain(node: DictConfig | ListConfig, at: tuple[str, ...], broken: dict[str,
     return {key: child(key) for key in node}
 
 
-def _explain(error: ValidationError, data: Any) -> dict[str, str]:
+def explain(error: ValidationError, data: Any) -> dict[str, str]:
     """Key → what is wrong with it, in the words of a config; alternatives are joined by 'or'."""
     texts: dict[str, list[str]] = {}
     for one in error.errors(include_url=False):

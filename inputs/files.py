@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from inputs.errors import InputError
 
@@ -49,28 +50,43 @@ def remove_stale_parts(path: Path) -> None:
 
 
 @contextmanager
-def locked_by(lock: Path, *, who: str, remedy: str) -> Iterator[None]:
-    """Keep other runs out while this one works on `who`, with a lock file that stays.
+def locked_by(lock: Path, *, who: str, remedy: str, keep: bool = True) -> Iterator[None]:
+    """Keep other runs out while this one works on `who`, with a lock file (removed unless `keep`).
 
     The system drops the lock when the process ends, however it ends. Raises InputError with the
     other run's process id and the remedy.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    # Opened for appending: the file must not be emptied before the lock is ours.
-    with lock.open("a+") as file:
+    file = _lock(lock, who, remedy)
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if not keep:
+                lock.unlink(missing_ok=True)
+
+
+def _lock(lock: Path, who: str, remedy: str) -> TextIO:
+    while True:
+        # Opened for appending: the file must not be emptied before the lock is ours.
+        file = lock.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
+            with file:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
             raise InputError(
                 f"{who}: another run (process {owner}) works there; wait for it, end it, or "
                 f"{remedy}"
             ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+        # Another run may have removed the file between opening and locking.
+        if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()
 
 
 def _host() -> str:

@@ -8,6 +8,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # Nothing is begun while the imports run: Ctrl-C ends them without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import difflib
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,15 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from typer.core import TyperGroup
 
-from inputs.command import ConfigPath, Debug, Overrides, Quiet, configure_logging, reported_errors
+from inputs.command import (
+    ConfigPath,
+    Debug,
+    Overrides,
+    Quiet,
+    configure_logging,
+    reported_errors,
+    run_and_exit,
+)
 from merge.errors import MISTAKES
 
 
@@ -26,6 +35,9 @@ class _ConfigFirst(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "--help"}:
+            near = difflib.get_close_matches(args[0], self.commands, n=1)
+            if near and not Path(args[0]).exists():
+                ctx.fail(f"no command and no file {args[0]!r}; did you mean {near[0]!r}?")
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -40,7 +52,10 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or a .safetensors file.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier merge made.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what a merge made there.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with a killed merge of the same config and sizes.")
+]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A file, a folder or a Hub id.")]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...")]
 Base = Annotated[str | None, typer.Option("--base", help="What they were fine-tuned from.")]
@@ -58,7 +73,7 @@ def run(
     config: ConfigPath,
     out: Out,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed merge.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     max_shard_size: Annotated[str, typer.Option(help="The most bytes of one file.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and stop.")] = False,
@@ -75,13 +90,14 @@ def run(
         max_shard_bytes = _size(max_shard_size)
         from merge.output import check_output
 
-        check_output(out, overwrite=overwrite)
+        check_output(out.resolve(), overwrite=overwrite)
         from merge.merging import describe, merge, prepare
 
         if dry_run:
             with ExitStack() as opened:
-                kitchen = prepare(settings, out, opened, progress=not quiet)
-                typer.echo(describe(kitchen, max_shard_bytes=max_shard_bytes, out=out))
+                order = prepare(settings, opened)
+                order.check_output(out.resolve())
+                typer.echo(describe(order, max_shard_bytes=max_shard_bytes, out=out))
             return
         record = merge(
             settings,
@@ -213,4 +229,4 @@ def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m merge")
+    run_and_exit(app, "python -m merge")

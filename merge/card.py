@@ -23,8 +23,8 @@ PLACE = "path/to/this/folder"
 def model_card(config_yaml: str, record: Mapping[str, Any], *, folder: Path | None = None) -> str:
     """The README.md of a result, from its config and the record of the merge.
 
-    `folder` holds the result's config files; they tell which library opens it. The paths of local
-    models are in the record, not in the card.
+    `folder` holds the result's config files; they tell which library opens it. Local models go by
+    their file names, but the config is there as it was given, paths included.
     """
     library = library_of(folder) if folder is not None else None
     sections = (

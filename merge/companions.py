@@ -21,6 +21,7 @@ __all__ = [
     "COMPANIONS",
     "TokenizerCheck",
     "check_config",
+    "check_tokenizer",
     "check_tokenizers",
     "copy_companions",
     "library_of",
@@ -90,12 +91,7 @@ def copy_companions(
             raise MergeError(f"{out}: is also the folder that its config would come from")
     taken, notes = _sorted_out(giver, CONFIGS if tokenizer_from else COMPANIONS)
     if tokenizer_from is not None:
-        tokenizer, more = _sorted_out(tokenizer_from, TOKENIZERS, unsaid=(*WEIGHTS, *CONFIGS))
-        if not tokenizer:
-            raise MergeError(
-                f"{tokenizer_from}: holds no tokenizer (wanted one of {', '.join(TOKENIZERS[:2])} "
-                "or a vocabulary); name another model in tokenizer_source"
-            )
+        tokenizer, more = _tokenizer_of(tokenizer_from)
         taken |= tokenizer
         notes += [note for note in more if note not in notes]
     config = taken.pop("config.json", None)
@@ -115,6 +111,11 @@ def check_config(giver: Path, *, layers: int | Sequence[int] | None = None) -> N
     config = giver / "config.json"
     if config.is_file() and _reason(config, _home(giver), CONFIGS) is None:
         _edited_config(config, layers=layers, dtype=None)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise what `copy_companions` would raise for `tokenizer_from`, before any work."""
+    _tokenizer_of(folder)
 
 
 def library_of(folder: Path) -> str | None:
@@ -149,6 +150,17 @@ def _sorted_out(
         elif not _matches(path.name, unsaid):
             left.setdefault(reason, []).append(path.name)
     return taken, [f"not copied: {_listed(names)}: {reason}" for reason, names in left.items()]
+
+
+def _tokenizer_of(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Name → file of a folder's tokenizer, and why other files are none of it."""
+    files, notes = _sorted_out(folder, TOKENIZERS, unsaid=(*WEIGHTS, *CONFIGS))
+    if not files:
+        raise MergeError(
+            f"{folder}: holds no tokenizer (wanted one of {', '.join(TOKENIZERS[:2])} or a "
+            "vocabulary); name another model in tokenizer_source"
+        )
+    return files, notes
 
 
 def _reason(path: Path, home: Path, wanted: Sequence[str]) -> str | None:

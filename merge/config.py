@@ -20,13 +20,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from inputs.config import (
-    DataConfig,
-    ModelConfig,
-    Settings,
-    _explain,
-    _with_known_keys,
-)
+from inputs.config import DataConfig, ModelConfig, Settings, explain, with_known_keys
 from merge.config_checks import config_without, details
 from merge.errors import MergeError
 from merge.method import Method
@@ -236,10 +230,11 @@ class MergeConfig(Settings):
             config = handler(value)
         except ValidationError as error:
             found = error.errors(include_url=False)
-            problems = [_with_known_keys(one, []) for one in found]
+            problems = [with_known_keys(one, []) for one in found]
             config = config_without(value, [one["loc"] for one in found], handler)
         if config is not None:
-            problems += details(config)
+            wrong = [one.get("loc") for one in problems]
+            problems += [one for one in details(config) if one.get("loc") not in wrong]
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return config
@@ -287,12 +282,12 @@ class MergeConfig(Settings):
         )
 
 
-def parse_config(data: Mapping[str, Any]) -> MergeConfig:
+def parse_config(data: object) -> MergeConfig:
     """The checked config from a mapping; MergeError with every problem found."""
     try:
         return MergeConfig.model_validate(data)
     except ValidationError as error:
-        found = _explain(error, data).items()
+        found = explain(error, data).items()
         lines = [f"{key}: {text}" if key else text for key, text in found]
         raise MergeError("merge config: " + "\n".join(lines)) from error
 

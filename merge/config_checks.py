@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from inputs.config import _with_known_keys, nearest
+from inputs.config import nearest, with_known_keys
 from merge.method import Method
 from merge.parameters import read_cases, setting_errors
 from merge.registry import METHODS
 
 if TYPE_CHECKING:
-    from merge.config import MergeConfig
+    from merge.config import Group, MergeConfig
 
 __all__ = ["config_without", "details"]
 
 Location = tuple[int | str, ...]
 
+DECISIVE: tuple[Location, ...] = (
+    ("merge_method",),
+    ("base_model",),
+    ("models",),
+    ("slices",),
+    ("coefficients",),
+)
+
+# The keys that a learned soup is made by; its coefficients say the rest.
+OF_SOUPS = (
+    "coefficients",
+    "models",
+    "base_model",
+    "tokenizer_source",
+    "memory_budget",
+)
+
 
 def config_without(
     value: Any, wrong: Sequence[Location], handler: Callable[[Any], MergeConfig]
 ) -> MergeConfig | None:
-    """The config without the keys that are wrong; None where it is none without them."""
-    if not isinstance(value, Mapping):
+    """The config without the keys that are wrong; None where it is none without them.
+
+    Also None where all else depends on one of them.
+    """
+    if not isinstance(value, Mapping) or any(location in DECISIVE for location in wrong):
         return None
     rest: Any = _copied(value)
     for location in wrong:
@@ -87,14 +108,14 @@ def _source_problems(config: MergeConfig) -> Iterator[tuple[Location, str]]:
                 ("models",),
                 "missing; they say where the ingredients of coefficients are, in order",
             )
-        for key in ("merge_method", "parameters", "methods", "skip", "only", "align"):
-            if getattr(config, key):
-                yield (key,), "has no meaning beside coefficients, which say it all; take it out"
+        for key, field in type(config).model_fields.items():
+            if key not in (*OF_SOUPS, "slices") and getattr(config, key) != field.default:
+                yield (key,), "has no effect beside coefficients, which say it all; take it out"
         for k, entry in enumerate(config.models):
             if entry.parameters:
                 yield (
                     ("models", k, "parameters"),
-                    "have no meaning beside coefficients; take them out",
+                    "have no effect beside coefficients; take them out",
                 )
     elif len(given) != 1:
         found = "both" if given else "neither"
@@ -121,12 +142,7 @@ def _group_problems(config: MergeConfig) -> Iterator[tuple[Location, str]]:
     for group in config.groups:
         if not group.references:
             continue
-        twice = sorted({ref for ref in group.references if group.references.count(ref) > 1})
-        if twice:
-            yield (
-                group.at,
-                f"{', '.join(map(repr, twice))} is there twice; give it more weight once",
-            )
+        yield from _spelling_problems(group)
         for method in config.methods_in_use:
             base, models = group.roles(method)
             lacks = base is not None and base not in group.all_references
@@ -140,6 +156,31 @@ def _group_problems(config: MergeConfig) -> Iterator[tuple[Location, str]]:
                 if group.base in models and group.base not in group.references:
                     problem += f" with base_model {group.base!r}, for it uses no base"
                 yield group.at, problem
+
+
+def _spelling_problems(group: Group) -> Iterator[tuple[Location, str]]:
+    """One checkpoint listed twice, or as a model and as the base in other words."""
+    spellings: dict[str, list[str]] = {}
+    for reference in group.references:
+        spellings.setdefault(_place(reference), []).append(reference)
+    for same in spellings.values():
+        if len(same) > 1:
+            names = " and ".join(map(repr, dict.fromkeys(same)))
+            found = "is there twice" if len(set(same)) == 1 else "are one model"
+            yield group.at, f"{names} {found}; give it more weight once"
+    base = group.base
+    listed = spellings.get(_place(base), []) if base is not None else []
+    if listed and base not in listed:
+        yield (
+            group.at,
+            f"{listed[0]!r} is the base_model {base!r} in other words; write both alike",
+        )
+
+
+def _place(reference: str) -> str:
+    """The same text for the same checkpoint: local parts as resolved paths."""
+    parts = [reference] if Path(reference).exists() else reference.split("+")
+    return "+".join(str(Path(p).resolve()) if p and Path(p).exists() else p for p in parts)
 
 
 def _slice_problems(config: MergeConfig) -> Iterator[tuple[Location, str]]:
@@ -277,4 +318,4 @@ def _level_details(
             for inside, error in setting_errors(method, name, read_cases(setting)):
                 if (inside, error["msg"]) not in seen:
                     seen.add((inside, error["msg"]))
-                    yield _with_known_keys({**error, "loc": (*at, name, *inside)}, [])
+                    yield with_known_keys({**error, "loc": (*at, name, *inside)}, [])

@@ -44,7 +44,7 @@ def cook(
     work = plan_cooking(
         coefficients, checkpoints, base=base, fold_temperature=fold_temperature, scans=scans
     )
-    check_output_is_no_input(out, [*checkpoints, base] if base else checkpoints)
+    _check_output(out, [*checkpoints, base] if base else checkpoints)
     with CheckpointWriter(
         out, work.outputs, metadata=work.metadata, max_shard_bytes=max_shard_bytes
     ) as writer:
@@ -203,8 +203,7 @@ def _untied(coefficients: Coefficients, tied: Mapping[str, Sequence[str]]) -> li
     ]
 
 
-def check_output_is_no_input(out: Path, opened: Sequence[Checkpoint]) -> None:
-    """MergeError where writing to `out` would touch a file, or a folder, that is read."""
+def _check_output(out: Path, opened: Sequence[Checkpoint]) -> None:
     for checkpoint in opened:
         for path in checkpoint.files:
             same = out.exists() and path.exists() and path.samefile(out)

@@ -1,31 +1,30 @@
-"""Run a merge plan: read → merge → write, one pass, within the byte budget."""
+"""Run a merge plan: read → measure → merge → write, within the byte budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge.checkpoints import TensorInfo
+from merge.checkpoints import Checkpoint
 from merge.errors import MergeError
-from merge.gram import gram_matrix
-from merge.method import MethodSettings
+from merge.gram import STEP, gram_matrix
+from merge.measuring import Measure, block_numel, new_measure, row_numel, shaped, show
+from merge.method import Method, Products, Reach
 from merge.mixing import CHUNK, compute_dtype
 from merge.part import Part
-from merge.plain import measure_one
 from merge.planning import Source, TensorMerge
-from merge.stream import Item, Piece, PieceFunction, Work
+from merge.stream import Item, Piece, Work
 
 # A tensor whose sources take no more than this share of the budget is measured and merged from
-# one reading; of a larger one the sources are read twice.
+# one reading; a larger one is read once more for each pass of what measures it.
 WHOLE_SHARE = 2
-GRAM_CHUNK = 8 * CHUNK
 # What one thread merges at a time, of all sources together, unless they are very many.
 SLICE_BYTES = 8 * 2**20
 
@@ -39,83 +38,207 @@ def plan_work(
     device: torch.device,
 ) -> Work:
     """What has to be read, measured, merged and written for these tensors."""
-    kitchen = _Kitchen(seed, device)
+    jobs = {
+        plan.output.name: _Job(plan, plan.method, statistics(plan), seed, device)
+        for plan in merges
+        if plan.method is not None
+    }
+    _share_measures(list(jobs.values()))
     items: list[Item] = []
-    for merge in merges:
-        job = _Job(merge, statistics(merge))
-        kitchen.jobs[merge.output.name] = job
-        items += job.items(memory_budget)
-    return Work(items, kitchen.make, {"format": "pt"}, kitchen.looks())
+    for plan in merges:
+        job = jobs.get(plan.output.name)
+        items += [_carried(plan)] if job is None else job.items(memory_budget)
+    runner = _Runner(jobs, device)
+    rounds = [job.looks for job in jobs.values() if job.over_model and not job.plan.tied_to]
+    looks = (
+        [one[number] for one in rounds if number < len(one)]
+        for number in range(max(map(len, rounds), default=0))
+    )
+    return Work(items, runner.make, {"format": "pt"}, tuple((one, runner.make) for one in looks))
+
+
+@dataclass(frozen=True)
+class _Look(Item):
+    """One pass of what measures a tensor: its `number`, or None for its inner products."""
+
+    number: int | None = None
+
+
+def _carried(plan: TensorMerge) -> Item:
+    return Item(plan.output, _stored(plan.models[:1]), workspace_bytes=16, finite=False)
+
+
+def _stored(sources: Sequence[Source]) -> tuple[tuple[Checkpoint, str], ...]:
+    return tuple((source.checkpoint, source.name) for source in sources)
 
 
 @dataclass
 class _Job:
-    """One tensor to merge, and what was measured of it."""
+    """One tensor to merge: what has to be read for it, and what was measured of it."""
 
-    merge: TensorMerge
+    plan: TensorMerge
+    method: Method
     statistics: tuple[Source, ...]
+    seed: int
+    device: torch.device
+    from_one_reading: bool = False
     measured: dict[str, Any] = field(default_factory=dict)
-    over_model: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        settings = self.plan.settings[0]
+        self.acts_on: Reach = self.method.acts_on_with(settings)
+        self.gram: Products | None = self.method.gram_with(settings)
+        self.over_model = settings.over_model is not None
+        if self.method.gram is not None:
+            self.measured["gram"] = None
 
     @property
-    def acts_on(self) -> str:
-        assert self.merge.method is not None
-        return self.merge.method.acts_on_with(self.merge.settings[0])
+    def part(self) -> Part:
+        """The place of the tensor, and its random numbers: models go by their places."""
+        name = self.plan.tied_to or self.plan.output.name
+        return Part(name, seed=self.seed, depth=self.plan.depth)
 
-    @property
-    def gram(self) -> Literal["tensors", "deltas"] | None:
-        assert self.merge.method is not None
-        return self.merge.method.gram_with(self.merge.settings[0])
-
-    @property
-    def measures_model(self) -> bool:
-        return self.merge.method is not None and self.merge.settings[0].over_model
-
-    @property
+    @cached_property
     def compute(self) -> torch.dtype:
         """The dtype of the computation: fp64 where a source or the output is."""
-        sources = [*self.merge.models, *([self.merge.base] if self.merge.base else [])]
-        dtypes = {source.checkpoint.tensors[source.name].dtype for source in sources}
-        wide = torch.float64 in dtypes | {self.merge.output.dtype}
-        return torch.float64 if wide else compute_dtype(self.merge.output.dtype)
+        sources = [*self.plan.models, *([self.plan.base] if self.plan.base else [])]
+        wide = torch.float64 in {source.info.dtype for source in sources}
+        return torch.float64 if wide else compute_dtype(self.plan.output.dtype)
 
-    def items(self, memory_budget: int) -> list[Item]:
-        merge, method = self.merge, self.merge.method
-        models = tuple((source.checkpoint, source.name) for source in merge.models)
-        if method is None:
-            return [Item(merge.output, models[:1], workspace_bytes=16, finite=False)]
-        base = ((merge.base.checkpoint, merge.base.name),) if merge.base else ()
-        extra = tuple((source.checkpoint, source.name) for source in self.statistics)
-        out, compute = merge.output.dtype.itemsize, self.compute.itemsize
-        item = Item(
-            merge.output,
-            (*base, *models, *extra),
+    @cached_property
+    def measures(self) -> tuple[Measure, ...]:
+        """What measures each model."""
+        if self.method.measure is None:
+            return ()
+        return tuple(
+            new_measure(
+                self.method, self.plan.settings, k, numel=self.plan.output.numel, part=self.part
+            )
+            for k in range(len(self.plan.models))
+        )
+
+    @property
+    def shared(self) -> tuple[Hashable, ...]:
+        """What measures all of a model goes by this, one for each: a model given twice is two."""
+        labels = self.plan.labels
+        return tuple(
+            (label, labels[:k].count(label), self.method.name, settings.over_model)
+            for k, (label, settings) in enumerate(zip(labels, self.plan.settings, strict=True))
+        )
+
+    # --- what to read ---
+
+    @cached_property
+    def item(self) -> Item:
+        """The reading from which the tensor is merged."""
+        plan = self.plan
+        base = [plan.base] if plan.base else []
+        return Item(
+            plan.output,
+            _stored([*base, *plan.models, *self.statistics]),
             elementwise=self.acts_on != "tensors",
             together=True,
-            workspace_bytes=out + compute,
-            multiple=_row(merge.output) if self.acts_on == "rows" else 1,
+            workspace_bytes=plan.output.dtype.itemsize + self.compute.itemsize * self._copies,
+            multiple=row_numel(plan.output.shape) if self.acts_on == "rows" else 1,
         )
-        if self.acts_on == "tensors":
-            return [replace(item, workspace_bytes=out + compute * (2 * len(item.sources) + 4))]
-        if self.measures_model or (method.measure is None and self.gram is None):
-            return [item]
-        measuring = 8 * compute if method.measure else 0
-        held = sum(c.tensors[name].nbytes for c, name in item.sources)
-        held += measuring * merge.output.numel
-        if held <= memory_budget // WHOLE_SHARE:
-            return [replace(item, elementwise=False, workspace_bytes=out + compute + measuring)]
-        look = replace(item, sources=(*base, *models), writes=False, multiple=1)
-        if self.gram is None:
-            look = replace(look, elementwise=False, together=False, workspace_bytes=measuring)
-        return [look, item]
+
+    @property
+    def _copies(self) -> int:
+        """Tensors in the dtype of the computation that are held while it is merged."""
+        if self.acts_on != "tensors":
+            return 1
+        sources = len(self.plan.models) + len(self.statistics) + (self.plan.base is not None)
+        return self.method.copies * sources + 4
+
+    @cached_property
+    def looks(self) -> list[Item]:
+        """The readings that measure it, in order."""
+        base = [self.plan.base] if self.plan.base else []
+        look = _Look(
+            self.plan.output,
+            _stored([*base, *self.plan.models]),
+            workspace_bytes=self.compute.itemsize,
+            multiple=self.item.multiple,
+            aligned=block_numel(self.plan.output.shape, self.acts_on, self.device),
+            writes=False,
+        )
+        passes = max((len(measure.passes) for measure in self.measures), default=0)
+        looks: list[Item] = [replace(look, number=number) for number in range(passes)]
+        if self.gram is not None:
+            looks.insert(0, replace(look, together=True, aligned=STEP))
+        return looks
+
+    def items(self, memory_budget: int) -> list[Item]:
+        """All that is read for this tensor alone: once where its sources fit the budget well."""
+        if self.over_model or not self.looks:
+            return [self.item]
+        workspace = self.item.workspace_bytes + self.compute.itemsize
+        held = sum(checkpoint.tensors[name].nbytes for checkpoint, name in self.item.sources)
+        held += workspace * self.plan.output.numel
+        whole = self.acts_on == "tensors"
+        if whole or held <= memory_budget // WHOLE_SHARE:
+            self.from_one_reading = True
+            return [replace(self.item, elementwise=False, workspace_bytes=workspace)]
+        return [*self.looks, self.item]
+
+    # --- measuring ---
+
+    def split(self, sources: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        """The sources as base, models and statistics."""
+        rest = list(sources)
+        base = rest.pop(0) if self.plan.base is not None else None
+        count = len(self.plan.models)
+        return base, rest[:count], rest[count:]
+
+    def look(self, number: int, start: int, base: Tensor, models: Iterator[Tensor]) -> None:
+        """Show this pass the base's part from `start` on, and each model's."""
+        # `models` comes last: a reader's block of a tensor lasts until the next is asked for.
+        for measure, model in zip(self.measures, models, strict=False):
+            if number < len(measure.passes):
+                see, shape = measure.passes[number], self.plan.output.shape
+                show(see, base, model, shape, self.acts_on, dtype=self.compute, start=start)
+
+    def add_gram(self, start: int, sources: Sequence[Tensor]) -> None:
+        """Add the inner products of the part from `start` on, in steps from there."""
+        assert self.gram is not None
+        flat = [source.reshape(-1) for source in sources]
+        total = self.measured["gram"] if start else 0
+        for place in range(0, max(flat[0].numel(), 1), STEP):
+            part = [tensor[place : place + STEP].to(self.compute) for tensor in flat]
+            base, models, _ = self.split(part)
+            total = total + gram_matrix(self.gram, base, models)
+        self.measured["gram"] = total
+
+    def finish(self) -> None:
+        """Keep what was measured, and nothing else of what measured it."""
+        if self.measures:
+            self.measured["measured"] = tuple(measure.result() for measure in self.measures)
+            self.measures = ()
 
 
-class _Kitchen:
-    """Makes one piece at a time; slices of it run in several threads, each within the cache."""
+def _share_measures(jobs: Sequence[_Job]) -> None:
+    """One measure for all tensors of a model, where the settings say so; tied ones count once."""
+    jobs = [job for job in jobs if job.over_model]
+    numel: dict[Hashable, int] = {}
+    for job in jobs:
+        for key in job.shared:
+            own = 0 if job.plan.tied_to else job.plan.output.numel
+            numel[key] = numel.get(key, 0) + own
+    shared: dict[Hashable, Measure] = {}
+    for job in jobs:
+        for k, key in enumerate(job.shared):
+            if key not in shared:
+                shared[key] = new_measure(
+                    job.method, job.plan.settings, k, numel=numel[key], part=job.part
+                )
+        job.measures = tuple(shared[key] for key in job.shared)
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.jobs: dict[str, _Job] = {}
-        self._seed = seed
+
+class _Runner:
+    """Measures or makes one piece at a time, in slices that stay within the cache."""
+
+    def __init__(self, jobs: dict[str, _Job], device: torch.device) -> None:
+        self._jobs = jobs
         self._device = device
         self._pool = ThreadPoolExecutor(
             torch.get_num_threads(), "merge", initializer=torch.set_num_threads, initargs=(1,)
@@ -123,129 +246,51 @@ class _Kitchen:
 
     def make(self, piece: Piece, tensors: Iterator[Tensor]) -> Tensor | None:
         """The merged or carried tensor of this piece; None where it was only measured."""
-        job = self.jobs[piece.item.output.name]
-        if job.merge.method is None:
-            return next(tensors).to(job.merge.output.dtype)
+        job = self._jobs.get(piece.item.output.name)
+        if job is None:
+            return next(tensors).to(piece.item.output.dtype)
+        there = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
+        if isinstance(piece.item, _Look):
+            with _one_thread():
+                return self._look(job, piece.item.number, piece.start, there)
+        sources = list(there)
+        if job.from_one_reading:
+            with _one_thread():
+                self._measure(job, sources)
+        job.finish()
         if job.acts_on == "tensors":
-            return self._make(job, piece, tensors)
+            return self._merge(job, 0, sources).to("cpu", job.plan.output.dtype)
         with _one_thread():
-            return self._make(job, piece, tensors)
+            return self._in_slices(job, piece, sources)
 
-    def _make(self, job: _Job, piece: Piece, tensors: Iterator[Tensor]) -> Tensor | None:
-        method = job.merge.method
-        assert method is not None
-        if not piece.item.writes and job.gram is None:
-            self._measure_each(job, tensors)
-            return None
-        sources = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
-        if not piece.item.writes:
-            self._add_gram(job, sources)
-            return None
-        if piece.whole and not job.measured and not job.measures_model:
-            self._measure(job, sources)
-        if job.acts_on == "tensors":
-            return self._merge(job, piece.start, sources).to("cpu", job.merge.output.dtype)
-        return self._in_slices(job, piece, sources)
-
-    # --- measuring ---
-
-    def looks(self) -> tuple[tuple[list[Item], PieceFunction], ...]:
-        """Passes that measure all tensors of a model which have the same settings at once."""
-        over: dict[Any, Any] = {}
-        items = []
-        for job in self.jobs.values():
-            if not job.measures_model:
-                continue
-            merge, method = job.merge, job.merge.method
-            assert method is not None
-            measure = method.load(method.measure_model or "")
-            for label, settings in zip(merge.labels, merge.settings, strict=True):
-                if (label, method.name, settings) not in over:
-                    over[label, method.name, settings] = measure(**_values(settings))
-            job.over_model = tuple(
-                over[label, method.name, settings]
-                for label, settings in zip(merge.labels, merge.settings, strict=True)
-            )
-            (item,) = (item for item in job.items(1 << 62) if item.writes)
-            items.append(replace(item, writes=False))
-        count = max((len(one.passes) for one in over.values()), default=0)
-        return tuple((items, partial(self._look, number)) for number in range(count))
-
-    def _look(self, number: int, piece: Piece, tensors: Iterator[Tensor]) -> None:
-        job = self.jobs[piece.item.output.name]
-        flat = [tensor.to(self._device).reshape(-1) for tensor in tensors]
-        base, models, _ = self._sorted(job, flat)
-        assert base is not None
-
-        def look(selection: Any, model: Tensor) -> None:
-            for start in range(0, model.numel(), GRAM_CHUNK):
-                part = slice(start, start + GRAM_CHUNK)
-                selection.passes[number](model[part].to(job.compute) - base[part].to(job.compute))
-
-        seeing = [
-            (selection, model)
-            for selection, model in zip(job.over_model, models, strict=True)
-            if number < len(selection.passes)
-        ]
-        with _one_thread():
-            for selection, model in seeing:
-                look(selection, model)
+    def _look(self, job: _Job, number: int | None, start: int, tensors: Iterator[Tensor]) -> None:
+        if number is None:
+            job.add_gram(start, list(tensors))
+        else:
+            # A copy: a reader's block lasts until the next tensor is asked for.
+            base = next(tensors).to(job.compute, copy=True)
+            job.look(number, start, base, tensors)
 
     def _measure(self, job: _Job, sources: Sequence[Tensor]) -> None:
-        method = job.merge.method
-        assert method is not None
+        base, models, _ = job.split(sources)
         if job.gram is not None:
-            self._add_gram(job, sources)
-        if method.measure is not None:
-            self._measure_each(job, iter(sources), together=True)
-
-    def _measure_each(self, job: _Job, tensors: Iterator[Tensor], together: bool = False) -> None:
-        """Measure the models one after the other, or, where all are there, side by side."""
-        merge = job.merge
-        method = merge.method
-        assert method is not None
-        base = None
-        if merge.base is not None:
-            base = next(tensors).to(self._device, job.compute, copy=not together)
-        part = self._part(job, 0)
-
-        def measure(model: int, tensor: Tensor) -> Any:
-            tensor = tensor.to(self._device, job.compute)
-            return measure_one(method, base, tensor, merge.settings, model, part)
-
-        models = range(len(merge.models))
-        # `models` comes first: the readers' block of a tensor lasts until the next is asked for.
-        job.measured["measured"] = tuple(map(measure, models, tensors))
-
-    def _add_gram(self, job: _Job, sources: Sequence[Tensor]) -> None:
-        of = job.gram
-        assert of is not None
-        flat = [source.reshape(-1) for source in sources]
-
-        def one(start: int) -> Tensor:
-            part = [tensor[start : start + GRAM_CHUNK].to(job.compute) for tensor in flat]
-            base, models, _ = self._sorted(job, part)
-            return gram_matrix(of, base, models)
-
-        for gram in map(one, range(0, max(flat[0].numel(), 1), GRAM_CHUNK)):
-            job.measured["gram"] = job.measured.get("gram", 0) + gram
-
-    # --- merging ---
+            job.add_gram(0, [*([] if base is None else [base]), *models])
+        if job.measures:
+            assert base is not None
+            base = base.to(job.compute)
+            for number in range(max(len(measure.passes) for measure in job.measures)):
+                job.look(number, 0, base, iter(models))
 
     def _in_slices(self, job: _Job, piece: Piece, sources: Sequence[Tensor]) -> Tensor:
-        numel = piece.stop - piece.start
-        out = torch.empty(numel, dtype=job.merge.output.dtype)
-        row = _row(job.merge.output) if job.acts_on == "rows" else 1
-        step = max(_slice_numel(len(sources)) // row, 1) * row
+        numel, shape = piece.stop - piece.start, job.plan.output.shape
+        out = torch.empty(numel, dtype=job.plan.output.dtype)
+        step = max(_slice_numel(len(sources)) // piece.item.multiple, 1) * piece.item.multiple
         if self._device.type != "cpu":
             step = max(numel, 1)
         flat = [source.reshape(-1) for source in sources]
 
         def run(start: int) -> None:
-            part = [tensor[start : start + step] for tensor in flat]
-            if job.acts_on == "rows":
-                shape = job.merge.output.shape
-                part = [tensor.view(-1, *shape[1:]) if shape else tensor for tensor in part]
+            part = [shaped(one[start : start + step], shape, job.acts_on) for one in flat]
             result = self._merge(job, piece.start + start, part)
             out[start : start + step].copy_(result.reshape(-1))
 
@@ -256,41 +301,20 @@ class _Kitchen:
         return out.view(piece.shape)
 
     def _merge(self, job: _Job, start: int, sources: Sequence[Tensor]) -> Tensor:
-        merge = job.merge
-        method = merge.method
-        assert method is not None
-        compute = [source.to(job.compute) for source in sources]
-        base, models, statistics = self._sorted(job, compute)
+        method = job.method
+        base, models, statistics = job.split([source.to(job.compute) for source in sources])
         extras = dict(job.measured)
-        if method.gram is not None:
-            extras.setdefault("gram", None)
         if method.statistics is not None:
             extras["statistics"] = tuple(statistics) or None
-        if job.over_model:
-            extras["measured"] = tuple(selection.kept() for selection in job.over_model)
         if method.takes_part:
-            extras["part"] = self._part(job, start)
+            extras["part"] = replace(job.part, start=start)
         if method.depth:
-            extras["depth"] = merge.depth
+            extras["depth"] = job.plan.depth
         function = method.load(method.function)
         try:
-            return function(base, models, **method.arguments(merge.settings), **extras)
+            return function(base, models, **method.arguments(job.plan.settings), **extras)
         except MergeError as error:
-            raise MergeError(f"{merge.output.name!r}: {method.name}: {error}") from error
-
-    def _part(self, job: _Job, start: int) -> Part:
-        merge = job.merge
-        name = merge.tied_to or merge.output.name
-        return Part(name, start, self._seed, merge.labels, merge.depth)
-
-    def _sorted(
-        self, job: _Job, sources: Sequence[Tensor]
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-        """The sources as base, models and statistics."""
-        rest = list(sources)
-        base = rest.pop(0) if job.merge.base is not None else None
-        count = len(job.merge.models)
-        return base, rest[:count], rest[count:]
+            raise MergeError(f"{job.plan.output.name!r}: {method.name}: {error}") from error
 
 
 @contextmanager
@@ -306,14 +330,3 @@ def _one_thread() -> Iterator[None]:
 
 def _slice_numel(sources: int) -> int:
     return max(SLICE_BYTES // (4 * max(sources, 1)), CHUNK)
-
-
-def _row(info: TensorInfo) -> int:
-    """Elements of one row, along the first axis; all of a tensor of fewer than two axes."""
-    if len(info.shape) < 2:
-        return max(info.numel, 1)
-    return max(info.numel // max(info.shape[0], 1), 1)
-
-
-def _values(settings: MethodSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in type(settings).model_fields}

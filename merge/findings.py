@@ -9,19 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from merge.checkpoints import Checkpoint, TensorInfo
+from merge.checkpoints.tensors import dtype_name
 from merge.errors import MergeError
 from merge.mixing import compute_dtype
-from merge.preflight import (
-    NAMES_SHOWN,
-    PROBLEMS_SHOWN,
-    _dtype,
-    _files,
-    _globs,
-    _is,
-    _it,
-    _listed,
-    _quantised,
-)
+from merge.preflight import PROBLEMS_SHOWN, is_quantised
+from merge.words import NAMES_SHOWN, are, files_of, globs_of, listed, them
 
 __all__ = ["Findings"]
 
@@ -84,8 +76,8 @@ class Findings:
         kinds = {info.dtype.is_floating_point for _, info in held}
         sound = True
         for checkpoint, info in held:
-            key = (checkpoint.path, _dtype(info.dtype))
-            if _quantised(name, info.dtype, None) or _is_packed(info):
+            key = (checkpoint.path, dtype_name(info.dtype))
+            if is_quantised(name, info.dtype, None) or _is_packed(info):
                 self._quantised.setdefault(key, []).append(name)
                 sound = False
             elif len(kinds) > 1 and not info.dtype.is_floating_point:
@@ -110,9 +102,9 @@ class Findings:
 
     def note_dtypes(self, name: str, found: Sequence[torch.dtype], stored: torch.dtype) -> None:
         """Remember what the tensor is in the checkpoints, where it is stored as something else."""
-        kinds = tuple(dict.fromkeys(_dtype(dtype) for dtype in found))
-        if kinds != (_dtype(stored),):
-            key = (kinds, _dtype(compute_dtype(stored)), _dtype(stored))
+        kinds = tuple(dict.fromkeys(dtype_name(dtype) for dtype in found))
+        if kinds != (dtype_name(stored),):
+            key = (kinds, dtype_name(compute_dtype(stored)), dtype_name(stored))
             self._dtypes.setdefault(key, []).append(name)
 
     # --- the report ---
@@ -133,50 +125,51 @@ class Findings:
         notes = list(self._notes)
         for (kinds, compute, stored), names in self._dtypes.items():
             notes.append(
-                f"{_listed(names)} {_is(names)} {' and '.join(kinds)} in the checkpoints: merged "
+                f"{listed(names)} {are(names)} {' and '.join(kinds)} in the checkpoints: merged "
                 f"in {compute}, stored as {stored}"
             )
         for (reason, path), names in self._carried.items():
-            notes.append(f"{_listed(names)} {_is(names)} carried from {path} ({reason})")
+            notes.append(f"{listed(names)} {are(names)} carried from {path} ({reason})")
         if self._differing:
             names = self._differing
-            notes.append(f"{_listed(names)} {_is(names)} not the same in all checkpoints")
+            notes.append(f"{listed(names)} {are(names)} not the same in all checkpoints")
         for why, names in self._left_out.items():
-            notes.append(f"{_listed(names)} {_is(names)} left out: {why}")
+            notes.append(f"{listed(names)} {are(names)} left out: {why}")
         return tuple(notes)
 
     def _name_problems(self) -> list[str]:
         problems = []
         for paths, names in self._missing.items():
-            shown, globs = [name for _, name in names], _globs([name for name, _ in names])
-            it = _it(shown)
+            shown, globs = [name for _, name in names], globs_of([name for name, _ in names])
+            it = them(shown)
             problems.append(
-                f"{_files(paths)}: {_listed(shown)} {_is(shown)} missing, other checkpoints have "
+                f"{files_of(paths)}: {listed(shown)} {are(shown)} missing, other checkpoints have "
                 f"{it}; give checkpoints of one model, or carry {it} with skip: "
                 f"{globs}"
             )
         for paths, names in self._extra.items():
-            shown, globs = [name for _, name in names], _globs([name for name, _ in names])
+            shown, globs = [name for _, name in names], globs_of([name for name, _ in names])
             problems.append(
-                f"{_files(paths)}: has {_listed(shown)}, which most checkpoints do not have; give "
-                f"checkpoints of one model, or do not merge {_it(shown)} with skip: {globs}"
+                f"{files_of(paths)}: has {listed(shown)}, which most checkpoints do not have; give "
+                f"checkpoints of one model, or do not merge {them(shown)} with skip: {globs}"
             )
         for text, names in self._unresolved.items():
-            problems.append(f"{_listed(names)}: {text}")
+            problems.append(f"{listed(names)}: {text}")
         return problems
 
     def _tensor_problems(self) -> list[str]:
         problems = []
         for (path, dtype), names in self._quantised.items():
             problems.append(
-                f"{path}: {_listed(names)} {_is(names)} quantised ({dtype}), wanted float32, "
+                f"{path}: {listed(names)} {are(names)} quantised ({dtype}), wanted float32, "
                 "float16, bfloat16 or float64: codes cannot be averaged without their scales; "
-                f"dequantise the checkpoint first, or carry {_it(names)} with skip: {_globs(names)}"
+                f"dequantise the checkpoint first, or carry {them(names)} with skip: "
+                f"{globs_of(names)}"
             )
         for (path, dtype), names in self._integers.items():
             problems.append(
-                f"{path}: {_listed(names)} {_is(names)} {dtype}, wanted floating point as in the "
-                f"other checkpoints; carry {_it(names)} with skip: {_globs(names)}"
+                f"{path}: {listed(names)} {are(names)} {dtype}, wanted floating point as in the "
+                f"other checkpoints; carry {them(names)} with skip: {globs_of(names)}"
             )
         for (path, other), lines in self._shapes.items():
             names = [name for name, _, _ in lines]
@@ -187,7 +180,7 @@ class Findings:
             more = f" and {len(lines) - NAMES_SHOWN} more" if len(lines) > NAMES_SHOWN else ""
             problems.append(
                 f"{path}: {shown}{more}; {self._cause(path, other, names)}, or carry "
-                f"{_it(names)} with skip: {_globs(names)}"
+                f"{them(names)} with skip: {globs_of(names)}"
             )
         return problems
 

@@ -67,7 +67,7 @@ def gather(
         raise MergeError(f"{out}: is {found}; name another file for the statistics")
     load_weights(model, checkpoint)
     model.to(device).eval()
-    chosen = _choose(images, examples, seed)
+    chosen = choose_images(images, examples, seed)
     room = memory_budget - sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     record: Record = {
         "kind": kind,
@@ -188,7 +188,7 @@ class _Run:
             writer.write(name, values)
 
 
-def _choose(images: ImageSet, examples: int | None, seed: int) -> ImageSet:
+def choose_images(images: ImageSet, examples: int | None, seed: int) -> ImageSet:
     """`examples` images drawn without replacement, in the order of the set; all without it."""
     if examples is None or examples >= len(images):
         return images

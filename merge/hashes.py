@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from inputs.files import write_whole
-from merge.checkpoints import Checkpoint
+from merge.checkpoints import Checkpoint, scan
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,14 @@ class KnownHashes:
         """Remember a hash."""
         if type(checkpoint) is Checkpoint:
             self._new[_key(checkpoint)] = sha256
+
+    def of(self, checkpoint: Checkpoint) -> str:
+        """The hash, known or made now."""
+        sha256 = self.get(checkpoint)
+        if sha256 is None:
+            sha256 = scan(checkpoint).sha256
+            self.put(checkpoint, sha256)
+        return sha256
 
     def save(self) -> None:
         """Write what is new; the oldest of very many are forgotten."""

@@ -56,7 +56,10 @@ class Layers:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Layers:
-        """The layers of a model whose tensors have these names, in the order of its file."""
+        """The layers of a model whose tensors have these names.
+
+        Their order decides only on which side of the layers a name is that does not tell it.
+        """
         order = {name: place for place, name in enumerate(names)}
         found: dict[str, set[tuple[int, ...]]] = {}
         known: set[str] = set()
@@ -95,7 +98,7 @@ class Layers:
         """The layer, or on which side of the layers the tensor is.
 
         Embeddings and stems are before, final norms, projections and heads after, as the words in
-        the name tell; where they do not, names that come later than the last layer's are after.
+        the name tell; where they do not, names given later than the last layer's are after.
         """
         index = self.index(name)
         if index is not None:

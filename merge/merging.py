@@ -9,7 +9,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +19,24 @@ import yaml
 
 from inputs.budget import format_bytes, peak_resident_bytes, resident_bytes
 from inputs.command import choose_device
+from merge.adapters.settings import CONFIG_NAME
 from merge.card import model_card
 from merge.checkpoints import Checkpoint, CheckpointWriter, Hasher, TensorInfo
+from merge.checkpoints.tensors import dtype_name
 from merge.checkpoints.writer import split_shards, write_index
 from merge.coefficients import Coefficients
-from merge.companions import check_config, copy_companions
+from merge.companions import check_config, check_tokenizer, copy_companions
 from merge.config import MergeConfig, parse_config
-from merge.cooking import check_output_is_no_input, plan_cooking
+from merge.cooking import plan_cooking
 from merge.engine import plan_work
+from merge.errors import MergeError
+from merge.gathering import Kind
 from merge.hashes import KnownHashes
-from merge.opening import open_models, statistics_of
-from merge.output import Output, check_output, open_output
+from merge.opening import Statistics, gather_statistics, open_models, wanted_statistics
+from merge.output import Output, check_output, is_file, open_output
 from merge.planning import MergePlan, plan_merge
-from merge.stream import Forecast, Work, forecast, stream
+from merge.stream import Work, forecast, stream
+from merge.vocabularies import check_tokenizers
 
 if TYPE_CHECKING:
     from merge.alignment import Alignment
@@ -57,56 +62,111 @@ def merge(
     or MergeError, with all that is wrong at once, before anything is written.
     """
     config = config if isinstance(config, MergeConfig) else parse_config(config)
-    out = Path(out)
+    out = Path(out).resolve()
     check_output(out, overwrite=overwrite)
     with ExitStack() as opened:
-        kitchen = prepare(config, out, opened, progress=progress)
-        check_output_is_no_input(out, list(kitchen.checkpoints.values()))
-        shards = _shards(kitchen.work, out, max_shard_bytes)
-        print_ = kitchen.fingerprint(shards)
-        with open_output(out, fingerprint=print_, resume=resume, overwrite=overwrite) as output:
-            record = _run(kitchen, output, shards, progress=progress)
-            if kitchen.alignment is not None and kitchen.alignment.recalibrates:
-                record["notes"].append(kitchen.alignment.recalibrate(output.work))
+        order = prepare(config, opened)
+        order.check_output(out)
+        shards = _shards(order.outputs, out, max_shard_bytes)
+        stamp = order.fingerprint(shards)
+        with open_output(out, fingerprint=stamp, resume=resume, overwrite=overwrite) as output:
+            folder = out.with_name(f"{out.name}.statistics")
+            work = order.work(order.statistics(folder, opened, progress=progress))
+            record = _run(order, work, output, shards, progress=progress)
+            if order.alignment is not None and order.alignment.recalibrates:
+                record["notes"].append(order.alignment.recalibrate(output.work))
             if not output.is_file:
-                _accompany(kitchen, output.work, record)
-            output.commit(record, overwrite=overwrite)
+                _accompany(order, output.work, record)
+            output.commit(record)
     return record
 
 
 @dataclass
-class Kitchen:
-    """What a merge needs once everything is open and checked."""
+class Order:
+    """A merge once everything is open and checked: what is to be made, and from what."""
 
     config: MergeConfig
+    device: torch.device
     checkpoints: dict[str, Checkpoint]
-    work: Work
     giver: Checkpoint
-    plan: MergePlan | None
     notes: list[str]
+    plan: MergePlan | None = None
+    soup: Work | None = None
+    wanted_statistics: dict[Kind, tuple[str, ...]] = field(default_factory=dict)
     alignment: Alignment | None = None
 
+    @property
+    def outputs(self) -> list[TensorInfo]:
+        """The tensors of the result, in the order of the file."""
+        if self.plan is not None:
+            return [merge.output for merge in self.plan.tensors]
+        return self.soup.outputs if self.soup is not None else []
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder that `tokenizer_source` means."""
+        source = self.config.tokenizer_source
+        if source is None:
+            return None
+        reference = self.config.base_model if source == "base" else source
+        return self.checkpoints[reference or ""].home
+
+    def statistics(self, folder: Path, opened: ExitStack, *, progress: bool) -> Statistics:
+        """The statistics that the methods need, gathered into `folder`."""
+        return gather_statistics(
+            self.config,
+            self.wanted_statistics,
+            self.checkpoints,
+            folder,
+            opened,
+            device=self.device,
+            progress=progress,
+        )
+
+    def work(self, statistics: Statistics) -> Work:
+        """What the stream has to do."""
+        if self.plan is None:
+            assert self.soup is not None
+            return self.soup
+        return plan_work(
+            self.plan.tensors,
+            statistics=statistics.of,
+            seed=self.config.seed,
+            memory_budget=self.config.memory_budget,
+            device=self.device,
+        )
+
+    def check_output(self, out: Path) -> None:
+        """MergeError where an input is in the place of the output, or below it."""
+        for reference, checkpoint in self.checkpoints.items():
+            for file in checkpoint.files:
+                if file.resolve().is_relative_to(out) or (out.exists() and file.samefile(out)):
+                    raise MergeError(
+                        f"{out}: is the output, and holds the input {reference} ({file}); name a "
+                        "path that no input is in"
+                    )
+
     def fingerprint(self, shards: Mapping[str, Sequence[TensorInfo]]) -> str:
-        """A hash of the config, of the input files' sizes and times, and of the shards."""
+        """A hash of the config, of the files read (sizes, times), and of the shards."""
+        files = {file for c in self.checkpoints.values() for file in c.files}
+        files |= {folder / CONFIG_NAME for folder in {file.parent for file in files}}
+        if self.config.coefficients is not None:
+            files.add(self.config.coefficients)
         stamps = {
             str(file): [file.stat().st_size, file.stat().st_mtime_ns]
-            for checkpoint in self.checkpoints.values()
-            for file in checkpoint.files
+            for file in files
+            if file.is_file()
         }
         names = {file: [info.name for info in part] for file, part in shards.items()}
         text = json.dumps([config_yaml(self.config), stamps, names], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def forecast(self) -> Forecast:
-        """What the pass will read, write and hold."""
-        return forecast(self.work.items, self.config.memory_budget)
 
-
-def prepare(config: MergeConfig, out: Path, opened: ExitStack, *, progress: bool) -> Kitchen:
+def prepare(config: MergeConfig, opened: ExitStack) -> Order:
     """Open every checkpoint, check everything, and plan; `opened` closes them."""
     device = choose_device(config.device)
     if config.coefficients is not None:
-        return _prepare_soup(config, opened)
+        return _prepare_soup(config, device, opened)
     checkpoints = open_models(config, opened)
     alignment = None
     if config.align is not None:
@@ -115,20 +175,27 @@ def prepare(config: MergeConfig, out: Path, opened: ExitStack, *, progress: bool
         alignment = Alignment(config, config.align)
         checkpoints = alignment.align(checkpoints)
     plan = plan_merge(config, checkpoints)
-    check_config(plan.giver.files[0].parent, layers=plan.layers)
-    folder = out.with_name(f"{out.name}.statistics")
-    statistics = statistics_of(config, plan, checkpoints, folder, opened, progress=progress)
-    work = plan_work(
-        plan.tensors,
-        statistics=statistics,
-        seed=config.seed,
-        memory_budget=config.memory_budget,
-        device=device,
+    wanted = wanted_statistics(config, plan.tensors)
+    check_config(plan.giver.home, layers=plan.layers)
+    order = Order(
+        config,
+        device,
+        checkpoints,
+        plan.giver,
+        list(plan.notes),
+        plan=plan,
+        wanted_statistics=wanted,
+        alignment=alignment,
     )
-    return Kitchen(config, checkpoints, work, plan.giver, plan, list(plan.notes), alignment)
+    tokenizer = order.tokenizer
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    tokenizers = check_tokenizers(sorted({c.home for c in checkpoints.values()}))
+    order.notes += [*tokenizers.problems, *tokenizers.notes]
+    return order
 
 
-def _prepare_soup(config: MergeConfig, opened: ExitStack) -> Kitchen:
+def _prepare_soup(config: MergeConfig, device: torch.device, opened: ExitStack) -> Order:
     assert config.coefficients is not None
     coefficients = Coefficients.load(config.coefficients)
     names = {*coefficients.tensors, *coefficients.carried}
@@ -136,54 +203,61 @@ def _prepare_soup(config: MergeConfig, opened: ExitStack) -> Kitchen:
     base = checkpoints.get(config.base_model) if config.base_model else None
     models = [checkpoints[entry.model] for entry in config.models]
     coefficients.check_ingredients(models, base=base)
-    work = plan_cooking(coefficients, models, base=base)
-    notes = [f"{name}: {reason}" for name, reason in sorted(coefficients.carried.items())]
-    return Kitchen(config, checkpoints, work, base or models[0], None, notes)
+    notes = [f"{name}: carried, {reason}" for name, reason in sorted(coefficients.carried.items())]
+    soup = plan_cooking(coefficients, models, base=base)
+    return Order(config, device, checkpoints, base or models[0], notes, soup=soup)
 
 
 # --- writing ------------------------------------------------------------------------------------
 
 
-def _shards(work: Work, out: Path, max_shard_bytes: int) -> dict[str, list[TensorInfo]]:
-    outputs = work.outputs
+def _shards(
+    outputs: list[TensorInfo], out: Path, max_shard_bytes: int
+) -> dict[str, list[TensorInfo]]:
     shards = split_shards(outputs, max_shard_bytes)
-    if len(shards) == 1 or out.suffix == ".safetensors":
+    if len(shards) == 1 or is_file(out):
         return {"model.safetensors": outputs}
     return shards
 
 
 def _run(
-    kitchen: Kitchen, output: Output, shards: Mapping[str, list[TensorInfo]], *, progress: bool
+    order: Order,
+    work: Work,
+    output: Output,
+    shards: Mapping[str, list[TensorInfo]],
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
     known = KnownHashes()
-    hashes = {reference: known.get(c) for reference, c in kitchen.checkpoints.items()}
-    hashers = {id(c): Hasher(c) for ref, c in kitchen.checkpoints.items() if hashes[ref] is None}
+    hashes = {reference: known.get(c) for reference, c in order.checkpoints.items()}
+    hashers = {id(c): Hasher(c) for ref, c in order.checkpoints.items() if hashes[ref] is None}
 
     def observe(checkpoint: Checkpoint, name: str, start: int, tensor: torch.Tensor) -> None:
         if id(checkpoint) in hashers:
             hashers[id(checkpoint)].observe(name, start, tensor)
 
+    looked = 0
     if any(output.finished(file) is None for file in shards):
-        for items, look in kitchen.work.looks:
-            stream(
+        for items, look in work.looks:
+            looked += stream(
                 items,
                 look,
                 None,
-                memory_budget=kitchen.config.memory_budget,
+                memory_budget=order.config.memory_budget,
                 progress=progress,
                 title="measuring",
-            )
+            ).bytes_read
     for number, (file, infos) in enumerate(shards.items(), start=1):
         if output.finished(file) is not None:
             continue
         names = {info.name for info in infos}
         title = "merging" if len(shards) == 1 else f"merging shard {number} of {len(shards)}"
-        with CheckpointWriter(output.work / file, infos, metadata=kitchen.work.metadata) as writer:
+        with CheckpointWriter(output.work / file, infos, metadata=work.metadata) as writer:
             streamed = stream(
-                [item for item in kitchen.work.items if item.output.name in names],
-                kitchen.work.make,
+                [item for item in work.items if item.output.name in names],
+                work.make,
                 writer,
-                memory_budget=kitchen.config.memory_budget,
+                memory_budget=order.config.memory_budget,
                 observe=observe,
                 progress=progress,
                 title=title,
@@ -192,59 +266,47 @@ def _run(
     if len(shards) > 1:
         write_index(output.work / "model.safetensors.index.json", shards)
     done = [output.finished(file) or {} for file in shards]
-    for reference, checkpoint in kitchen.checkpoints.items():
+    for reference, checkpoint in order.checkpoints.items():
         if hashes[reference] is None:
             hashes[reference] = hashers[id(checkpoint)].sha256()
             known.put(checkpoint, hashes[reference] or "")
     known.save()
-    return _record(kitchen, hashes) | {
-        "bytes_read": sum(one["bytes_read"] for one in done),
+    return _record(order, hashes) | {
+        "bytes_read": looked + sum(one["bytes_read"] for one in done),
         "bytes_written": sum(one["bytes_written"] for one in done),
         "seconds": sum(one["seconds"] for one in done),
         "peak_bytes": peak_resident_bytes(),
     }
 
 
-def _record(kitchen: Kitchen, hashes: Mapping[str, str | None]) -> dict[str, Any]:
-    merges = kitchen.plan.tensors if kitchen.plan is not None else ()
+def _record(order: Order, hashes: Mapping[str, str | None]) -> dict[str, Any]:
+    merges = order.plan.tensors if order.plan is not None else ()
     return {
-        "config": config_yaml(kitchen.config),
+        "config": config_yaml(order.config),
         "ingredients": [
             {"name": reference, "path": checkpoint.path, "sha256": hashes[reference]}
-            for reference, checkpoint in kitchen.checkpoints.items()
+            for reference, checkpoint in order.checkpoints.items()
         ],
         "methods": dict(Counter(m.method.name for m in merges if m.method is not None)),
         "carried": {m.output.name: m.reason for m in merges if m.method is None},
-        "notes": kitchen.notes,
+        "notes": order.notes,
         "versions": {"python": platform.python_version()}
         | {package: metadata.version(package) for package in PACKAGES},
     }
 
 
-def _accompany(kitchen: Kitchen, folder: Path, record: dict[str, Any]) -> None:
+def _accompany(order: Order, folder: Path, record: dict[str, Any]) -> None:
     """Beside the weights: config and tokenizer files of the giver, and the model card."""
-    dtypes = Counter(info.dtype for info in kitchen.work.outputs if info.dtype.is_floating_point)
-    dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.") if dtypes else None
-    source = kitchen.giver.files[0].parent
-    tokenizer = _tokenizer_folder(kitchen)
+    dtypes = Counter(info.dtype for info in order.outputs if info.dtype.is_floating_point)
     record["notes"] += copy_companions(
-        source,
+        order.giver.home,
         folder,
-        layers=kitchen.plan.layers if kitchen.plan is not None else None,
-        dtype=dtype,
-        tokenizer_from=tokenizer,
+        layers=order.plan.layers if order.plan is not None else None,
+        dtype=dtype_name(dtypes.most_common(1)[0][0]) if dtypes else None,
+        tokenizer_from=order.tokenizer,
     )
     card = model_card(record["config"], record, folder=folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _tokenizer_folder(kitchen: Kitchen) -> Path | None:
-    """Where `tokenizer_source` says that the tokenizer comes from."""
-    source = kitchen.config.tokenizer_source
-    if source is None:
-        return None
-    reference = kitchen.config.base_model if source == "base" else source
-    return kitchen.checkpoints[reference or ""].files[0].parent
 
 
 def config_yaml(config: MergeConfig) -> str:
@@ -256,19 +318,26 @@ def config_yaml(config: MergeConfig) -> str:
 # --- a look beforehand --------------------------------------------------------------------------
 
 
-def describe(kitchen: Kitchen, *, max_shard_bytes: int, out: Path) -> str:
+def describe(order: Order, *, max_shard_bytes: int, out: Path) -> str:
     """The plan in words: what is merged by which method, what is read, written and held."""
-    ahead = kitchen.forecast()
-    merges = kitchen.plan.tensors if kitchen.plan is not None else ()
+    work = order.work(Statistics())
+    passes = [work.items, *(items for items, _ in work.looks)]
+    ahead = [forecast(items, order.config.memory_budget) for items in passes]
+    held_bytes = max(one.held_bytes for one in ahead)
+    merges = order.plan.tensors if order.plan is not None else ()
     methods = Counter(m.method.name if m.method else "carried" for m in merges)
-    shards = _shards(kitchen.work, out, max_shard_bytes)
+    shards = _shards(order.outputs, out, max_shard_bytes)
     lines = [
         *(f"{count} tensors: {name}" for name, count in methods.most_common()),
-        f"reads {format_bytes(ahead.bytes_read)} from {len(kitchen.checkpoints)} checkpoints, "
-        f"writes {format_bytes(ahead.bytes_written)} in {len(shards)} "
-        f"file{'s' if len(shards) > 1 else ''}, in {ahead.pieces} pieces",
-        f"predicted peak: {format_bytes(resident_bytes() + ahead.held_bytes)} "
-        f"({format_bytes(ahead.held_bytes)} of tensors, the rest is the program)",
-        *kitchen.notes,
+        *(
+            f"gathers {kind} statistics of {len(labels)} models first, and reads those too"
+            for kind, labels in order.wanted_statistics.items()
+        ),
+        f"reads {format_bytes(sum(one.bytes_read for one in ahead))} from "
+        f"{len(order.checkpoints)} checkpoints, writes {format_bytes(ahead[0].bytes_written)} in "
+        f"{len(shards)} file{'s' if len(shards) > 1 else ''}, in {ahead[0].pieces} pieces",
+        f"predicted peak: {format_bytes(resident_bytes() + held_bytes)} "
+        f"({format_bytes(held_bytes)} of tensors, the rest is the program)",
+        *order.notes,
     ]
     return "\n".join(lines)

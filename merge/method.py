@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Reach = Literal["elements", "rows", "tensors"]
 """What one value of the result may depend on: see `Method`."""
 
+Products = Literal["tensors", "deltas"]
+"""Whose inner products a method wants: the base's and the tensors', or the deltas'."""
+
 Law = Literal["identity", "order", "mean"]
 """What a method may promise of its default settings.
 
@@ -44,9 +47,12 @@ class MethodSettings(Settings):
         return None
 
     @property
-    def over_model(self) -> bool:
-        """Whether what is measured is of all tensors of a model that have these settings."""
-        return False
+    def over_model(self) -> tuple[Any, ...] | None:
+        """Where all of a model is measured at once: the settings that the measure goes by.
+
+        Tensors of a model that differ in these are measured apart.
+        """
+        return None
 
 
 def per_model(default: Any = ..., **rules: Any) -> Any:
@@ -67,17 +73,20 @@ class Method:
     may say otherwise: ask `acts_on_with` and `gram_with`.
 
     What more the function gets, by name:
-    - `measured`, with `measure` (called as `measure(base, tensor, **settings of that model)` with a
-      whole tensor): a tuple of its results. Where the settings say that all of a model is measured
-      (`over_model`), `measure_model(**settings of that model)` gives something with `passes`,
-      functions that see every delta of the model in slices, and then `kept()`, its result.
+    - `measured`, with `measure`: what was measured of each model, a tuple. `measure(numel=…,
+      **settings of that model)` gives something with `passes`, functions that are each to be shown
+      the whole tensor in slices, in order, as `see(start, base, tensor)` (of whole rows where the
+      method acts on these), and then `result()`. No passes where there is nothing to measure. Where
+      the settings say so (`over_model`), it is shown all tensors of the model that share them.
     - `gram`: the float64 inner products of the whole tensors ([base, *tensors] or the deltas).
-    - `part`, with `draws` for its random numbers, with `places` for its `start` alone; a measure
+    - `part`, with `draws` for its random numbers, with `places` for its `start` alone; `measure`
       then gets `part` and `model`, the model's place, too.
     - `depth`: where the tensor stands among the layers, 0 in the first and before it, 1 in the last
       and after it.
     - `statistics`: what must have been gathered for each model, one tensor per model, or None where
       there are none of this tensor.
+
+    `copies`: with whole tensors the function holds so many for each source, and four.
     """
 
     name: str
@@ -90,12 +99,12 @@ class Method:
     models: tuple[int, int | None] = (1, None)
     acts_on: Reach = "elements"
     measure: str | None = None
-    gram: Literal["tensors", "deltas"] | None = None
-    measure_model: str | None = None
+    gram: Products | None = None
     draws: bool = False
     places: bool = False
     depth: bool = False
     statistics: Literal["fisher", "gram"] | None = None
+    copies: int = 2
     others: str = ""
     departs: str = ""
     laws: frozenset[Law] = field(default_factory=frozenset)
@@ -129,7 +138,7 @@ class Method:
         """What the function acts on with these settings."""
         return settings.acts_on or self.acts_on
 
-    def gram_with(self, settings: MethodSettings) -> Literal["tensors", "deltas"] | None:
+    def gram_with(self, settings: MethodSettings) -> Products | None:
         """The inner products that the function wants with these settings."""
         return None if settings.acts_on else self.gram
 

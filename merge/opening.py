@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from inputs.data import load_learning_data
-from inputs.files import write_whole
+from inputs.data import ImageSet, load_learning_data
 from inputs.models import build_model
 from merge.adapters import applied, is_adapter, open_adapter
-from merge.checkpoints import Checkpoint, open_checkpoint, scan
+from merge.checkpoints import Checkpoint, open_checkpoint
 from merge.checkpoints.envelopes import PREFIXES, WRAPPERS
 from merge.config import MergeConfig, StatisticsConfig, split_reference
 from merge.errors import MergeError
-from merge.gathering import gather, read_record
-from merge.planning import MergePlan, Source, TensorMerge
+from merge.gathering import Kind, choose_images, gather, read_record
+from merge.hashes import KnownHashes
+from merge.planning import Source, TensorMerge
+
+log = logging.getLogger(__name__)
 
 
 def open_models(
@@ -39,12 +43,7 @@ def open_models(
                 )
             path, adapter = config.base_model, path
         # Libraries find their tensors by the whole name: the model's own prefix stays.
-        checkpoint = open_checkpoint(
-            path,
-            names=names,
-            prefixes=PREFIXES if names else WRAPPERS,
-            memory_budget=config.memory_budget,
-        )
+        checkpoint = open_checkpoint(path, names=names, prefixes=PREFIXES if names else WRAPPERS)
         opened.enter_context(checkpoint)
         if adapter is not None:
             low_rank = opened.enter_context(open_adapter(adapter))
@@ -53,68 +52,60 @@ def open_models(
     return checkpoints
 
 
-def statistics_of(
-    config: MergeConfig,
-    plan: MergePlan,
-    checkpoints: Mapping[str, Checkpoint],
-    folder: Path,
-    opened: ExitStack,
-    *,
-    progress: bool,
-) -> Callable[[TensorMerge], tuple[Source, ...]]:
-    """Which statistics belong to a tensor's models; gathered into `folder` where they are not.
+def wanted_statistics(
+    config: MergeConfig, tensors: Collection[TensorMerge]
+) -> dict[Kind, tuple[str, ...]]:
+    """Which kinds of statistics the methods need, and of which models.
 
-    What an earlier run gathered there with the same settings from the same weights is used again.
+    Raises MergeError where the config does not say on what they are gathered.
     """
-    wanted: dict[str, dict[str, Checkpoint]] = {}
-    for merge in plan.tensors:
+    wanted: dict[Kind, dict[str, None]] = {}
+    for merge in tensors:
         if merge.method is not None and merge.method.statistics is not None:
-            wanted.setdefault(merge.method.statistics, {}).update(
-                (label, checkpoints[label]) for label in merge.labels
-            )
+            wanted.setdefault(merge.method.statistics, {}).update(dict.fromkeys(merge.labels))
     if wanted and config.statistics is None:
         raise MergeError(
             f"merge_method needs statistics ({', '.join(sorted(wanted))}) that are gathered on "
             "images; say with `statistics` from which model, and on which data"
         )
-    gathered: dict[tuple[str, str], Checkpoint] = {}
-    for kind, models in wanted.items():
-        for number, (label, checkpoint) in enumerate(models.items()):
-            file = folder / f"{kind}-{number:02d}.safetensors"
-            assert config.statistics is not None
-            _gather(kind, checkpoint, file, config.statistics, config, progress)
-            gathered[kind, label] = opened.enter_context(open_checkpoint(file))
+    return {kind: tuple(labels) for kind, labels in wanted.items()}
 
-    def find(merge: TensorMerge) -> tuple[Source, ...]:
+
+@dataclass(frozen=True)
+class Statistics:
+    """The gathered statistics of each kind and model (by its reference)."""
+
+    gathered: Mapping[tuple[str, str], Checkpoint] = field(default_factory=dict)
+
+    def of(self, merge: TensorMerge) -> tuple[Source, ...]:
+        """Those of a tensor, one per model; none where a model has none of it."""
         kind = merge.method.statistics if merge.method is not None else None
-        if kind is None:
+        if kind is None or not self.gathered:
             return ()
         found = [
-            Source(gathered[kind, label], model.name)
+            Source(self.gathered[kind, label], model.name)
             for label, model in zip(merge.labels, merge.models, strict=True)
-            if model.name in gathered[kind, label].tensors
+            if model.name in self.gathered[kind, label].tensors
         ]
         return tuple(found) if len(found) == len(merge.models) else ()
 
-    return find
 
-
-def _gather(
-    kind: str,
-    checkpoint: Checkpoint,
-    file: Path,
-    settings: StatisticsConfig,
+def gather_statistics(
     config: MergeConfig,
+    wanted: Mapping[Kind, tuple[str, ...]],
+    checkpoints: Mapping[str, Checkpoint],
+    folder: Path,
+    opened: ExitStack,
+    *,
+    device: torch.device,
     progress: bool,
-) -> None:
-    said = {"kind": kind, "examples": settings.examples, "seed": config.seed}
-    said |= {"settings": settings.model_dump(mode="json"), "sha256": scan(checkpoint).sha256}
-    beside = file.with_suffix(".json")
-    if file.is_file() and beside.is_file() and json.loads(beside.read_text()) == said:
-        with open_checkpoint(file) as known:
-            read_record(known)
-        return
+) -> Statistics:
+    """Gather into `folder` what is wanted; what is there of these weights and images stays."""
+    settings = config.statistics
+    if not wanted or settings is None:
+        return Statistics()
     data = load_learning_data(settings.data, memory_budget=config.memory_budget)
+    images: ImageSet = getattr(data, settings.split)
     torch.manual_seed(config.seed)
     model = build_model(
         settings.model,
@@ -122,19 +113,55 @@ def _gather(
         channels=settings.data.channels,
         root=Path.cwd(),
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    gather(
-        "fisher" if kind == "fisher" else "gram",
-        model,
-        checkpoint,
-        getattr(data, settings.split),
-        file,
-        memory_budget=config.memory_budget,
-        labels=settings.labels,
-        examples=settings.examples,
-        batch_size=settings.batch_size,
-        seed=config.seed,
-        device=config.device if config.device != "auto" else "cpu",
-        progress=progress,
-    )
-    write_whole(beside, json.dumps(said, indent=1, sort_keys=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    known = KnownHashes()
+    gathered: dict[tuple[str, str], Checkpoint] = {}
+    for kind, labels in wanted.items():
+        for number, label in enumerate(labels):
+            file = folder / f"{kind}-{number:02d}.safetensors"
+            expected = _expected(kind, settings, images, config.seed)
+            expected["sha256"] = known.of(checkpoints[label])
+            if not _is_there(file, expected):
+                log.info("gathering %s statistics of %s", kind, label)
+                gather(
+                    kind,
+                    model,
+                    checkpoints[label],
+                    images,
+                    file,
+                    memory_budget=config.memory_budget,
+                    labels=settings.labels,
+                    examples=settings.examples,
+                    batch_size=settings.batch_size,
+                    seed=config.seed,
+                    device=device,
+                    progress=progress,
+                )
+            gathered[kind, label] = opened.enter_context(open_checkpoint(file, prefixes=()))
+    known.save()
+    return Statistics(gathered)
+
+
+def _expected(
+    kind: Kind, settings: StatisticsConfig, images: ImageSet, seed: int
+) -> dict[str, Any]:
+    chosen = choose_images(images, settings.examples, seed)
+    said = {
+        "kind": kind,
+        "images_sha256": chosen.digest(),
+        "examples": len(chosen),
+        "seed": seed,
+    }
+    return said | ({"labels": settings.labels} if kind == "fisher" else {})
+
+
+def _is_there(file: Path, expected: Mapping[str, Any]) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        with open_checkpoint(file, prefixes=()) as found:
+            record = read_record(found)
+    except MergeError as error:
+        log.warning("%s: is gathered again (%s)", file, error)
+        return False
+    return all(record.get(key) == value for key, value in expected.items())

@@ -93,10 +93,23 @@ def setting_errors(
 ) -> Iterator[tuple[tuple[int | str, ...], ErrorDetails]]:
     """What the method's settings have against each value of a parameter, and where it stands.
 
-    `name` is as a config spells it. A gradient is checked at its points.
+    `name` is as a config spells it. A gradient is checked at its points; whole numbers have none.
     """
     kind = _kind(method.settings, method.spelled[name])
+    whole = method.settings.model_fields[method.spelled[name]].annotation is int
     for case in cases:
+        if whole and len(case.values) > 1:
+            text = "is a whole number, which has no gradient over the layers; give one value"
+            yield (
+                case.at,
+                {
+                    "type": "gradient",
+                    "loc": (),
+                    "msg": f"{text}, or filters: [{{filter: …, value: …}}, …]",
+                    "input": list(case.values),
+                },
+            )
+            continue
         for k, value in enumerate(case.values):
             try:
                 kind.validate_python(value)
@@ -173,7 +186,7 @@ def _values(
     return found
 
 
-def _value_at(case: Case, kind: TypeAdapter[Any], fraction: float) -> Any:
+def _value_at(case: Case, kind: Any, fraction: float) -> Any:
     """Numbers are interpolated between the points of a gradient, others hold up to the next."""
     values = [kind.validate_python(value) for value in case.values]
     if len(values) == 1:
@@ -192,8 +205,8 @@ def _built(settings: type[MethodSettings], values: tuple[tuple[str, Any], ...]) 
 
 
 @cache
-def _kind(settings: type[MethodSettings], name: str) -> TypeAdapter[Any]:
-    """What a single value of the setting `name` (in Python) has to be."""
+def _kind(settings: type[MethodSettings], name: str) -> Any:
+    """A TypeAdapter of what a single value of the setting `name` (in Python) has to be."""
     info = settings.model_fields[name]
     kind: Any = info.annotation
     for rule in info.metadata:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merge.errors import MergeError
 from merge.gram import gram_matrix
+from merge.measuring import new_measure, show
 from merge.method import Method, MethodSettings
 from merge.mixing import compute_dtype
 from merge.part import Part
@@ -72,24 +73,17 @@ def measure_whole(
     """What the function wants to know of the whole tensors: `measured`, `gram`."""
     extras: dict[str, Any] = {}
     if method.measure is not None:
-        extras["measured"] = tuple(
-            measure_one(method, base, tensor, settings, k, part) for k, tensor in enumerate(tensors)
-        )
+        assert base is not None
+        acts_on = method.acts_on_with(settings[0])
+        measures = [
+            new_measure(method, settings, k, numel=tensor.numel(), part=part)
+            for k, tensor in enumerate(tensors)
+        ]
+        for measure, tensor in zip(measures, tensors, strict=True):
+            for see in measure.passes:
+                show(see, base, tensor, tensor.shape, acts_on, dtype=tensor.dtype)
+        extras["measured"] = tuple(measure.result() for measure in measures)
     if method.gram is not None:
         wanted = method.gram_with(settings[0])
         extras["gram"] = None if wanted is None else gram_matrix(wanted, base, tensors)
     return extras
-
-
-def measure_one(
-    method: Method,
-    base: Float[Tensor, ...] | None,
-    tensor: Float[Tensor, ...],
-    settings: Sequence[MethodSettings],
-    model: int,
-    part: Part,
-) -> Any:
-    """What the function wants to know of the whole tensor of one model."""
-    place = {"part": part, "model": model} if method.takes_part else {}
-    values = {name: getattr(settings[model], name) for name in method.settings.model_fields}
-    return method.load(method.measure or "")(base, tensor, **values, **place)

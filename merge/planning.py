@@ -9,11 +9,16 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from merge.catalogue.averages import Linear, MultiSlerp
+from merge.catalogue.subspaces import Knots
+from merge.catalogue.with_data import Fisher, RegMean
 from merge.checkpoints import Checkpoint, TensorInfo
+from merge.checkpoints.tensors import dtype_name
 from merge.config import MergeConfig
 from merge.errors import MergeError
 from merge.findings import Findings
 from merge.method import Method, MethodSettings
+from merge.methods.averages import normalized
 from merge.parameters import Scope, read_scope, resolve
 from merge.registry import METHODS
 from merge.slots import Member, Slot, make_slots
@@ -45,7 +50,8 @@ class TensorMerge:
     output's dtype where they differ, and `reason` says why. Else `settings` and `labels` (the
     references of the config) are one per model. `depth` is 0 before the layers, 1 after them.
     `tied_to` names an earlier tensor of the plan that this one shares its sources, method and
-    settings with: their results are one tensor, so random draws must go by that name.
+    settings with: their results are one tensor, so random draws must go by that name. It has its
+    depth, too.
     """
 
     output: TensorInfo
@@ -147,7 +153,7 @@ class _Planner:
         if not any(info.dtype.is_floating_point for _, info in held):
             if _differ(list(sources.values())):
                 self.findings.differing(slot.name)
-            return self._carry(slot, f"{_dtype(held[0][1].dtype)} values are not merged")
+            return self._carry(slot, f"{dtype_name(held[0][1].dtype)} values are not merged")
         if not self.findings.check_shapes(slot.name, held, base_last=base is not None):
             return None
         return self._merge(slot, method, rule, base, models, sources)
@@ -176,6 +182,11 @@ class _Planner:
             self.findings.unresolved(slot.name, error)
             return None
         infos = [source.info for source in sources.values()]
+        try:
+            _check_weights(settings, infos[0].shape)
+        except MergeError as error:
+            self.findings.unresolved(slot.name, error)
+            return None
         promoted = infos[0].dtype
         for info in infos[1:]:
             promoted = torch.promote_types(promoted, info.dtype)
@@ -253,7 +264,8 @@ class _Planner:
             if not partners:
                 continue
             if _same(merge, done[partners[0]]):
-                done[name] = replace(merge, tied_to=partners[0])
+                one = done[partners[0]]
+                done[name] = replace(merge, tied_to=partners[0], depth=one.depth)
                 continue
             text = f"{partners[0]!r} and {name!r} are one tensor (tied), but are made differently"
             if self.config.slices:
@@ -315,6 +327,22 @@ def _same(one: TensorMerge, other: TensorMerge) -> bool:
     ) and checkpoints[0] == checkpoints[1]
 
 
+def _check_weights(settings: Sequence[MethodSettings], shape: Sequence[int]) -> None:
+    """MergeError where the method divides by the sum of the weights, and that is 0."""
+    first = settings[0]
+    if isinstance(first, Knots):
+        is_matrix = len(shape) == 2 or (len(shape) > 2 and first.convolutions == "matrix")
+        divides = not (is_matrix and first.merge.endswith("ties"))  # these go by what agrees
+    elif isinstance(first, Linear):
+        divides = first.normalize
+    elif isinstance(first, MultiSlerp):
+        divides = first.normalize_weights
+    else:
+        divides = isinstance(first, Fisher | RegMean)
+    if divides:
+        normalized([one.weight for one in settings])  # type: ignore[attr-defined]
+
+
 def _differ(sources: Sequence[Source]) -> bool:
     """Whether small tensors have different values; large ones are not read for a note."""
     if any(source.info.numel > COMPARED_NUMEL for source in sources):
@@ -323,10 +351,6 @@ def _differ(sources: Sequence[Source]) -> bool:
         return True
     first, *others = (source.checkpoint.read(source.name) for source in sources)
     return not all(torch.equal(first, other) for other in others)
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _near(text: str, words: Iterable[str]) -> str:

@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from merge.checkpoints import Checkpoint, Scan, TensorInfo
+from merge.checkpoints.tensors import dtype_name
 from merge.errors import MergeError
 from merge.scans import scan_all
 from merge.stream import stored_name, tied_names
+from merge.words import NAMES_SHOWN, are, files_of, globs_of, listed, them
 
-__all__ = ["Preflight", "inspect_ingredients", "scan_all"]
+__all__ = ["Preflight", "inspect_ingredients", "is_quantised", "scan_all"]
 
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-NAMES_SHOWN = 4
 PROBLEMS_SHOWN = 20
 
 
@@ -149,7 +150,7 @@ class _Inspection:
                 continue
             near = difflib.get_close_matches(glob, names, n=3, cutoff=0.0)
             self.problems.append(
-                f"skip: {glob!r} matches no tensor; the nearest names are {_listed(near)}"
+                f"skip: {glob!r} matches no tensor; the nearest names are {listed(near)}"
             )
 
     def check_names(self) -> None:
@@ -174,15 +175,15 @@ class _Inspection:
         have = "the model has" if model else "the other ingredients or the base have"
         for names, paths in missing.items():
             self.problems.append(
-                f"{_files(paths)}: {_listed(names)} {_is(names)} missing, {have} {_it(names)}"
+                f"{files_of(paths)}: {listed(names)} {are(names)} missing, {have} {them(names)}"
                 f"{self._nearest(names, paths)}; give checkpoints of one model, or carry "
-                f"{_it(names)} with skip: {_globs(names)}"
+                f"{them(names)} with skip: {globs_of(names)}"
             )
         have = "the model does not have" if model else "most ingredients do not have"
         for names, paths in extra.items():
             self.problems.append(
-                f"{_files(paths)}: has {_listed(names)}, which {have}; give checkpoints of one "
-                f"model, or leave {_it(names)} out with skip: {_globs(names)}"
+                f"{files_of(paths)}: has {listed(names)}, which {have}; give checkpoints of one "
+                f"model, or leave {them(names)} out with skip: {globs_of(names)}"
             )
 
     def _partner(self, name: str) -> str | None:
@@ -223,12 +224,12 @@ class _Inspection:
     def _mix_or_carry(self, name: str) -> None:
         infos = [self.info(checkpoint, name) for checkpoint in self.ingredients]
         dtypes = [info.dtype for info in infos if info is not None]
-        if any(_quantised(name, dtype, self._expected_dtype(name)) for dtype in dtypes):
+        if any(is_quantised(name, dtype, self._expected_dtype(name)) for dtype in dtypes):
             return  # a problem, which check_dtypes reports
         if any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
             self.mixed[name] = None
         else:
-            self._carry(name, f"{_dtype(dtypes[0])} values are not mixed")
+            self._carry(name, f"{dtype_name(dtypes[0])} values are not mixed")
 
     def check_base(self) -> None:
         if self.base is None:
@@ -236,15 +237,15 @@ class _Inspection:
         lacks = [name for name in self.mixed if self.info(self.base, name) is None]
         if lacks:
             self.problems.append(
-                f"{self.base.path}: {_listed(lacks)} {_is(lacks)} missing in the base, the "
-                f"ingredients have {_it(lacks)}; give the base that they were fine-tuned from, "
-                f"leave the base out, or carry {_it(lacks)} with skip: {_globs(lacks)}"
+                f"{self.base.path}: {listed(lacks)} {are(lacks)} missing in the base, the "
+                f"ingredients have {them(lacks)}; give the base that they were fine-tuned from, "
+                f"leave the base out, or carry {them(lacks)} with skip: {globs_of(lacks)}"
             )
         known = {*self.held, *self.wanted}
         only = [n for n in self.base.tensors if n not in known and not self._partner(n)]
         if only:
             self.warnings.append(
-                f"{self.base.path}: {_listed(only)} {_is(only)} in the base alone, and left out"
+                f"{self.base.path}: {listed(only)} {are(only)} in the base alone, and left out"
             )
 
     def _carry(self, name: str, reason: str) -> None:
@@ -292,8 +293,8 @@ class _Inspection:
             if self._is_head(names, paths[0]):
                 remedy = "merge models with the same head, for the same classes"
             self.problems.append(
-                f"{_files(paths)}: {shown}{more}; {remedy}, or skip {_it(names)} with skip: "
-                f"{_globs(names)}"
+                f"{files_of(paths)}: {shown}{more}; {remedy}, or skip {them(names)} with skip: "
+                f"{globs_of(names)}"
             )
 
     def _is_head(self, names: Sequence[str], path: str) -> bool:
@@ -331,37 +332,38 @@ class _Inspection:
                 info = checkpoint.tensors.get(name)
                 if info is None or self.pattern(name):
                     continue
-                if _quantised(name, info.dtype, self._expected_dtype(name)):
-                    quantised.setdefault((checkpoint.path, _dtype(info.dtype)), []).append(name)
+                if is_quantised(name, info.dtype, self._expected_dtype(name)):
+                    quantised.setdefault((checkpoint.path, dtype_name(info.dtype)), []).append(name)
                 elif name in self.mixed and not info.dtype.is_floating_point:
-                    unmixable.setdefault((checkpoint.path, _dtype(info.dtype)), []).append(name)
+                    unmixable.setdefault((checkpoint.path, dtype_name(info.dtype)), []).append(name)
         for name in self.mixed:
             first = self.info(self.ingredients[0], name)
             for checkpoint in self.sources:
                 info = self.info(checkpoint, name)
                 if first and info and info.dtype != first.dtype and info.dtype.is_floating_point:
-                    key = (checkpoint.path, _dtype(info.dtype), _dtype(first.dtype))
+                    key = (checkpoint.path, dtype_name(info.dtype), dtype_name(first.dtype))
                     casts.setdefault(key, []).append(name)
         for (path, dtype), names in quantised.items():
             self.problems.append(
-                f"{path}: {_listed(names)} {_is(names)} quantised ({dtype}), wanted float32, "
+                f"{path}: {listed(names)} {are(names)} quantised ({dtype}), wanted float32, "
                 "float16, bfloat16 or float64: codes cannot be averaged without their scales; "
-                f"dequantise the checkpoint first, or carry {_it(names)} with skip: {_globs(names)}"
+                f"dequantise the checkpoint first, or carry {them(names)} with skip: "
+                f"{globs_of(names)}"
             )
         for (path, dtype), names in unmixable.items():
             self.problems.append(
-                f"{path}: {_listed(names)} {_is(names)} {dtype}, wanted floating point as in the "
-                f"other checkpoints; carry {_it(names)} with skip: {_globs(names)}"
+                f"{path}: {listed(names)} {are(names)} {dtype}, wanted floating point as in the "
+                f"other checkpoints; carry {them(names)} with skip: {globs_of(names)}"
             )
         for (path, dtype, stored), names in casts.items():
             self.notes.append(
-                f"{path}: {_listed(names)} {_is(names)} {dtype}, stored as {stored} like the first "
+                f"{path}: {listed(names)} {are(names)} {dtype}, stored as {stored} like the first "
                 "ingredient"
             )
         for checkpoint in self.sources:
             self.notes += [f"{checkpoint.path}: {note}" for note in checkpoint.notes]
             self.notes += [
-                f"{checkpoint.path}: {_listed(names, most=99)} are one tensor (tied)"
+                f"{checkpoint.path}: {listed(names, most=99)} are one tensor (tied)"
                 for names in checkpoint.shared
             ]
 
@@ -381,7 +383,7 @@ class _Inspection:
                 self.problems.append(
                     f"{checkpoint.path}: values that are NaN or infinite: {shown}{more}; wanted "
                     "finite weights: leave this checkpoint out, or carry the tensors with skip: "
-                    f"{_globs(list(bad))}"
+                    f"{globs_of(list(bad))}"
                 )
             self.notes += [
                 f"{checkpoint.path}: {name!r} has {count} non-finite values, and is not mixed"
@@ -392,7 +394,7 @@ class _Inspection:
         for checkpoint, found in scanned:
             alike.setdefault(found.sha256, []).append(checkpoint.path)
         self.warnings += [
-            f"{_listed(paths, most=99)} hold the same weights"
+            f"{listed(paths, most=99)} hold the same weights"
             for paths in alike.values()
             if len(paths) > 1
         ]
@@ -411,7 +413,7 @@ class _Inspection:
                 self.frozen.append(name)
         if self.frozen:
             self.notes.append(
-                f"{_listed(self.frozen)} {_is(self.frozen)} the same in all ingredients (frozen)"
+                f"{listed(self.frozen)} {are(self.frozen)} the same in all ingredients (frozen)"
             )
 
     def report(self, scans: tuple[Scan, ...]) -> Preflight:
@@ -429,10 +431,7 @@ class _Inspection:
         )
 
 
-# --- words --------------------------------------------------------------------------------------
-
-
-def _quantised(name: str, dtype: torch.dtype, expected: torch.dtype | None) -> bool:
+def is_quantised(name: str, dtype: torch.dtype, expected: torch.dtype | None) -> bool:
     """Whether values of this dtype are codes that stand for others."""
     if dtype.is_floating_point:
         return dtype.itemsize == 1  # the float8 family
@@ -441,32 +440,3 @@ def _quantised(name: str, dtype: torch.dtype, expected: torch.dtype | None) -> b
     if expected is not None:
         return expected.is_floating_point
     return "weight" in name.rpartition(".")[2]  # masks and counters are bytes, too
-
-
-def _globs(names: Sequence[str]) -> str:
-    """Globs for the layers of these names, as they would stand in a config."""
-    parents = [name.rpartition(".")[0] for name in names]
-    globs = dict.fromkeys(f"{p}.*" if p else n for p, n in zip(parents, names, strict=True))
-    more = ", ..." if len(globs) > NAMES_SHOWN else ""
-    return "[" + ", ".join(map(repr, list(globs)[:NAMES_SHOWN])) + more + "]"
-
-
-def _listed(names: Sequence[str], most: int = NAMES_SHOWN) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
-
-
-def _files(paths: Sequence[str]) -> str:
-    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more checkpoints"
-
-
-def _is(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
-
-
-def _it(names: Sequence[str]) -> str:
-    return "it" if len(names) == 1 else "them"
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

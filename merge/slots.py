@@ -56,7 +56,7 @@ class _Team:
 
     @cached_property
     def names(self) -> list[str]:
-        """The names of all tensors, in order."""
+        """The names of all tensors, sorted."""
         return sorted({name for held in self.checkpoints.values() for name in held.tensors})
 
     @cached_property

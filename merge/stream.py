@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from inputs.budget import format_bytes
 from merge.checkpoints import Checkpoint, CheckpointWriter, TensorInfo
 from merge.errors import MergeError
 from merge.mixing import CHUNK
@@ -38,7 +39,8 @@ class Item:
 
     `sources` are read in this order, each once. `elementwise`: the sources have the shape of the
     output and any slice of the flat output needs only the same slice of each source, so that a
-    large tensor may be done in slices, each but the last of a multiple of `multiple` elements.
+    large tensor may be done in slices, each but the last of a multiple of `multiple` elements, and
+    of `aligned` (a multiple of that) where the budget allows.
     `together`: the function needs all sources at once; otherwise each is valid only until the next
     is taken, and memory does not grow with their number. `workspace_bytes` is what the function
     allocates per element of the output, its result included. `finite`: a result with NaN or
@@ -52,6 +54,7 @@ class Item:
     workspace_bytes: int = 0
     finite: bool = True
     multiple: int = 1
+    aligned: int = 1
     writes: bool = True
 
 
@@ -200,8 +203,9 @@ def _check_finite(piece: Piece, result: Tensor) -> None:
         paths = ", ".join(dict.fromkeys(checkpoint.path for checkpoint, _ in piece.item.sources))
         raise MergeError(
             f"{piece.item.output.name!r}: the result has non-finite values, wanted finite ones in "
-            f"{_dtype_name(piece.item.output.dtype)}; look for NaN or infinity in {paths} (the "
-            "preflight counts them), for coefficients that are too large, or skip the tensor"
+            f"{_dtype_name(piece.item.output.dtype)}; look for NaN or infinity in {paths} "
+            "(python -m merge inspect counts them), for weights that are too large, or skip the "
+            "tensor"
         )
 
 
@@ -239,8 +243,9 @@ def _cut(plan: Sequence[Item], memory_budget: int) -> tuple[list[Piece], int, in
         if whole_read + whole_work > memory_budget:
             raise MergeError(
                 f"{item.output.name!r} {list(item.output.shape)} from {len(item.sources)} "
-                f"checkpoints has to be merged whole: memory_budget is {memory_budget} bytes, "
-                f"wanted at least {whole_read + whole_work}; raise memory_budget, or give the "
+                f"checkpoints has to be merged whole: memory_budget is "
+                f"{format_bytes(memory_budget)}, wanted at least "
+                f"{format_bytes(whole_read + whole_work)}; raise memory_budget, or give the "
                 "tensor a method that works element by element"
             )
     pieces: list[Piece] = []
@@ -277,14 +282,15 @@ def _step(item: Item, read: int, memory_budget: int, whole_read: int, whole_work
             f"{memory_budget} bytes, wanted at least {needed} to merge one element at a time; "
             "raise memory_budget"
         )
-    step = min(limits)
-    if item.multiple > 1:
-        step = max(step // item.multiple, 1) * item.multiple
-        if step > min(limits[1:]):
+    step, room = min(limits), min(limits[1:])
+    unit = item.aligned if item.multiple < item.aligned <= room else item.multiple
+    if unit > 1:
+        step = max(step // unit, 1) * unit
+        if step > room:
             raise MergeError(
                 f"{item.output.name!r} {list(item.output.shape)} from {len(item.sources)} "
                 f"checkpoints is merged {item.multiple} elements (a row) at a time: memory_budget "
-                f"is {memory_budget} bytes, which holds {min(limits[1:])}; raise memory_budget"
+                f"is {memory_budget} bytes, which holds {room}; raise memory_budget"
             )
     return max(step, 1)
 

@@ -22,6 +22,7 @@ from inputs.files import write_whole
 from inputs.models import build_model, describe_model
 from inputs.randomness import generator
 from merge.checkpoints import CheckpointWriter, TensorInfo, open_checkpoint, scan
+from merge.gathering import load_weights as give_weights
 from soups.config import FinetuneConfig, LearnConfig, Range
 from soups.errors import SoupError
 from soups.ingredients import holds_checkpoint
@@ -144,25 +145,9 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path_or_id: str) -> None:
-    """Give the model a checkpoint's weights; SoupError that names every tensor that differs."""
-    state, problems = model.state_dict(), []
-    with open_checkpoint(path_or_id, names=[*state]) as checkpoint:
-        present = {state[name].data_ptr() for name in checkpoint.tensors if name in state}
-        for name, tensor in state.items():
-            found = checkpoint.tensors.get(name)
-            if found is None and (tensor.data_ptr() not in present or not tensor.numel()):
-                problems.append(f"'{name}' is missing")
-            elif found is not None and found.shape != tuple(tensor.shape):
-                shape = list(tensor.shape)
-                problems.append(f"'{name}' is {list(found.shape)}, the model has {shape}")
-        problems += [f"'{n}' is not in the model" for n in checkpoint.tensors if n not in state]
-        if problems:
-            raise SoupError(
-                f"{path_or_id}: {'; '.join(problems)}; choose the checkpoint of this model, or the "
-                "model (name, kwargs, classes) of this checkpoint"
-            )
-        for name in checkpoint.tensors:
-            state[name].copy_(checkpoint.read(name))
+    """Give the model a checkpoint's weights; MergeError that names every tensor that differs."""
+    with open_checkpoint(path_or_id, names=[*model.state_dict()]) as checkpoint:
+        give_weights(model, checkpoint)
 
 
 def _draw(finetune: FinetuneConfig, ingredient: int, field: str, space: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from merge.adapters.adapter import Adapter, Module
 from merge.adapters.matching import PrefixChange, is_transposed, match_names, transposed_leaves
 from merge.checkpoints.envelopes import quoted
-from merge.checkpoints.tensors import Checkpoint, TensorInfo
+from merge.checkpoints.tensors import Checkpoint, TensorInfo, dtype_name
 from merge.errors import MergeError
 from merge.mixing import CHUNK, compute_dtype
 
@@ -65,7 +65,7 @@ class AppliedAdapter(Checkpoint):
             name: dataclasses.replace(entry, dtype=self.tensors[name].dtype)
             for name, entry in self.stored.items()
         }
-        self.files = tuple(sorted({*base.files, *adapter.checkpoint.files}))
+        self.files = tuple(dict.fromkeys([*base.files, *adapter.checkpoint.files]))
         self._inputs = (*base._inputs, *adapter.checkpoint._inputs)
         self.shared, untied = self._still_shared()
         self.notes += (*self._said(renamed), *untied)
@@ -193,8 +193,8 @@ def _floating(base: Checkpoint, adapter: Adapter, name: str) -> TensorInfo:
     info = base.tensors[name]
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
         raise MergeError(
-            f"{base.path}: {name!r} is {str(info.dtype).removeprefix('torch.')}, quantised; the "
-            f"adapter {adapter.path} adds to weights in 16 to 64-bit floats: give the base in one"
+            f"{base.path}: {name!r} is {dtype_name(info.dtype)}, quantised; the adapter "
+            f"{adapter.path} adds to weights in 16 to 64-bit floats: give the base in one"
         )
     return info
 

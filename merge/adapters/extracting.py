@@ -285,7 +285,7 @@ def _in_place(tuned: Checkpoint, parts: _Sorted) -> set[str]:
 def _prefix(base: Checkpoint) -> str:
     """What opening took from every name of a transformers folder: its models have those names."""
     stripped = [match[1] for note in base.notes if (match := _STRIPPED.fullmatch(note))]
-    config = base.files[0].parent / "config.json"
+    config = base.home / "config.json"
     if not stripped or not config.is_file():
         return ""
     content = parse_json(config.read_bytes(), str(config))

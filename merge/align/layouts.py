@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge.align.axes import Atom, Axis, extent, leaves
 
-Table = Int[Tensor, "copies size"]
+Table = Int[Tensor, "_copies _size"]
 """A group's permutation: unit i of the result is unit `table[c, i]` of the source.
 
 A group with a parent has one row for each unit of it (a head's own order of its channels); the
@@ -86,7 +86,7 @@ def is_fixed(layout: Layout) -> bool:
     return all(group is None for term in layout for group in term.groups)
 
 
-def gather_index(layout: Layout, tables: Sequence[Table]) -> Int[Tensor, " size"]:
+def gather_index(layout: Layout, tables: Sequence[Table]) -> Int[Tensor, " places"]:
     """The index along an axis that moves its groups: result[i] = source[index[i]]."""
     at = torch.cat([places(term).flatten() for term in layout])
     index = torch.empty_like(at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,7 +125,7 @@ class _Problem:
             self.reference[name] * permutations.apply(name, self.other[name])
             for name in (self.reference if names is None else names)
         )
-        return sum(float(product.sum(dtype=torch.float64)) for product in products)
+        return math.fsum(float(product.sum(dtype=torch.float64)) for product in products)
 
 
 def _child(term: Term, group: int) -> int | None:

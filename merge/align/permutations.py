@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from merge.align.groups import PermutationGroups
 
 
-Index = Int[Tensor, " size"]
+Index = Int[Tensor, " _size"]
 
 
 @dataclass(frozen=True, eq=False)

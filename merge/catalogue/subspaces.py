@@ -124,6 +124,7 @@ SUBSPACES = (
         settings=Wudi,
         function="merge.methods.wudi:wudi",
         acts_on="tensors",
+        copies=3,
         others=AVERAGED,
         departs="The step size is that of the paper's vision models; its code for language models "
         "has lr: 2e-5.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,8 +44,8 @@ class Ties(Elected, TaskArithmetic):
     scope: Literal["tensor", "model"] = "tensor"
 
     @property
-    def over_model(self) -> bool:
-        return self.scope == "model"
+    def over_model(self) -> tuple[Any, ...] | None:
+        return (self.density, self.rescale) if self.scope == "model" else None
 
 
 class Breadcrumbs(TaskArithmetic):
@@ -121,7 +121,6 @@ TASK_VECTORS = (
         settings=Ties,
         function=f"{_FUNCTIONS}:ties",
         measure=f"{_MEASURES}:measure_largest",
-        measure_model=f"{_MEASURES}:measure_model",
         places=True,
         departs="Trims each tensor by itself and divides by weights; the paper trims over all of "
         "the model and divides by the number of models that agree: scope: model, normalize_by: "

@@ -61,6 +61,11 @@ class Stored:
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it stands in configs: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_shape(shape: object, dtype: torch.dtype) -> tuple[int, ...]:
     """`shape` as a tuple; ValueError unless it is one that a tensor of `dtype` can have."""
     if not isinstance(shape, list | tuple) or not all(type(n) is int and n >= 0 for n in shape):
@@ -85,8 +90,9 @@ class Checkpoint:
 
     `path` is as the user named it, `tensors` is sorted by name (after unwrapping), `notes` says
     what was unwrapped, stripped, ignored or chosen, and `shared` holds the names that are one and
-    the same tensor in a torch file (tied). Reads are thread-safe and go through this object's own
-    file descriptors: files that are replaced meanwhile are still read as they were.
+    the same tensor in a torch file (tied). `files` are read, an adapter's after the model's own.
+    Reads are thread-safe and go through this object's own file descriptors: files that are
+    replaced meanwhile are still read as they were.
     """
 
     def __init__(self, path: str, stored: Mapping[str, Stored], notes: Iterable[str]) -> None:
@@ -99,6 +105,11 @@ class Checkpoint:
         self._inputs = tuple({entry.file: None for entry in self.stored.values()})
         self.files: tuple[Path, ...] = tuple(sorted(file.path for file in self._inputs))
         self.shared = _same_places(self.stored)
+
+    @property
+    def home(self) -> Path:
+        """The folder of the weights, and of what lies beside them; with an adapter the base's."""
+        return self.files[0].parent
 
     def __enter__(self) -> Checkpoint:
         return self

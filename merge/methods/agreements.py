@@ -10,24 +10,37 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from merge.measuring import See
 from merge.mixing import CHUNK
 
 LEAST_WEIGHT = 1e-6  # the least sum of weights that `sce` divides by
 LEAST_SCALE = 1e-12  # the least sum of scales that `pcb` divides by
 
 
-def measure_sce(
-    base: Float[Tensor, "*shape"],
-    tensor: Float[Tensor, "*shape"],
-    *,
-    select_topk: float,
-    equal_below: float,
-    int8_mask: bool,
-) -> float:
+class MeanSquare:
+    """The mean square of a delta of `numel` elements; not `wanted`, 0."""
+
+    def __init__(self, numel: int, *, wanted: bool) -> None:
+        self._numel = numel
+        self._wanted = wanted
+        self._squares = 0.0
+
+    @property
+    def passes(self) -> tuple[See, ...]:
+        """What is to be shown every slice."""
+        return (self._add,) if self._wanted else ()
+
+    def result(self) -> float:
+        """The mean square of all that was shown."""
+        return self._squares / max(self._numel, 1)
+
+    def _add(self, start: int, base: Float[Tensor, ...], tensor: Float[Tensor, ...]) -> None:
+        self._squares += float((tensor - base).square_().sum())
+
+
+def measure_sce(*, numel: int, select_topk: float, **unused: object) -> MeanSquare:
     """The mean square of the delta, where all of it is selected; else `sce` itself finds it."""
-    if select_topk < 1:
-        return 0.0
-    return _mean_squares(base.reshape(-1), [tensor.reshape(-1)], None)[0]
+    return MeanSquare(numel, wanted=select_topk == 1)
 
 
 def sce(
@@ -187,7 +200,7 @@ def _most_varied(
 def _mean_squares(
     base: Float[Tensor, " numel"],
     tensors: Sequence[Float[Tensor, " numel"]],
-    selected: Bool[Tensor, " numel"] | None,
+    selected: Bool[Tensor, " numel"],
 ) -> list[float]:
     """The mean square of each selected delta."""
     squares = torch.zeros(len(tensors), dtype=torch.float64, device=base.device)

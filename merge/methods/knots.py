@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from merge.methods.averages import normalized
 from merge.methods.subspaces import merge_matrices
 from merge.part import Part
 
@@ -30,7 +31,7 @@ def knots(
     coordinates (`ties`), random ones divided by `density` (`dare_linear`, `dare_ties`) or all
     (`linear`). The result is `Σ a_k x_k / Σ a_k` over all models, or with `ties` and `dare_ties`
     over those whose a_k x_k has the sign of `Σ a_k x_k`. What is no matrix is averaged with
-    the weights a_k.
+    the weights a_k. Raises MergeError where the weights to divide by sum to 0.
 
     (The eigenvectors of Σ τ_k τ_kᵀ are U too, and Uᵀ τ_k are the coordinates: cheaper, but with
     half the digits.)
@@ -43,8 +44,10 @@ def knots(
         if rank == 0:
             return torch.zeros_like(deltas[0])
         kept = torch.stack(_kept(coordinates, merge, density, part))
-        weights = torch.tensor(weight, dtype=kept.dtype, device=kept.device)[:, None, None]
-        return u[:, :rank] @ _weighted_mean(kept, weights, elect=merge.endswith("ties"))
+        elect = merge.endswith("ties")
+        factors = weight if elect else normalized(weight)
+        weights = torch.tensor(factors, dtype=kept.dtype, device=kept.device)[:, None, None]
+        return u[:, :rank] @ (_agreed_mean(kept, weights) if elect else (kept * weights).sum(0))
 
     return merge_matrices(base, tensors, lambda_, convolutions, aligned, weight)
 
@@ -70,17 +73,11 @@ def _largest(values: Float[Tensor, "rank in"], density: float) -> Bool[Tensor, "
     return magnitudes >= magnitudes.flatten().kthvalue(values.numel() - count + 1).values
 
 
-def _weighted_mean(
-    values: Float[Tensor, "models rank in"],
-    weights: Float[Tensor, "models 1 1"],
-    *,
-    elect: bool,
+def _agreed_mean(
+    values: Float[Tensor, "models rank in"], weights: Float[Tensor, "models 1 1"]
 ) -> Float[Tensor, "rank in"]:
-    """`Σ a_k x_k / Σ a_k`; with `elect` only over models with its sign."""
+    """`Σ a_k x_k / Σ a_k` over the models for which a_k x_k has the sign of `Σ a_k x_k`."""
     weighted = values * weights
-    total = weighted.sum(0)
-    if not elect:
-        return total / weights.sum()
-    agrees = weighted.sign() == total.sign()
+    agrees = weighted.sign() == weighted.sum(0).sign()
     share = (weights * agrees).sum(0)
     return torch.where(share == 0, 0.0, (weighted * agrees).sum(0) / share)

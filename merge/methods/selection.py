@@ -1,12 +1,12 @@
-"""The largest magnitudes of many numbers, exactly, from two passes over them in slices."""
+"""The largest magnitudes of many numbers, exactly, from a few passes over them in slices."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 1 << 17  # elements at a time on a CPU: their histogram costs little, and they stay in L2
-DEVICE_CHUNK = 1 << 26  # and elsewhere
+from merge.measuring import See
+
 SORTED = 1 << 14  # up to here a sort is cheaper than clearing two histograms
 
 HIGH_BINS, LOW_BITS = 1 << 15, 16  # of the 31 bits of a magnitude
@@ -23,6 +23,9 @@ LOW_BINS = 1 << LOW_BITS
 MAGNITUDE = (1 << 31) - 1
 
 SMALL_NORM = 1e-7  # below it a norm counts as zero
+
+Look = Callable[[int, Tensor], None]
+"""(flat place of the first number, numbers in fp32)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,120 +95,60 @@ def kept_count(density: float, count: int) -> int:
     return min(count, max(1, int(density * count))) if density > 0 else 0
 
 
-def deltas(
-    base: Float[Tensor, ...], tensor: Float[Tensor, ...]
-) -> Iterator[tuple[int, Float32[Tensor, " n"]]]:
-    """The flat `tensor − base` in slices, each with the place of its first element.
+class Trim:
+    """What stays of `numel` numbers, in passes over them: the largest magnitudes.
 
-    A slice is in fp32 and valid until the next one is asked for.
-    """
-    old, new = base.reshape(-1), tensor.reshape(-1)
-    size = CHUNK if base.is_cpu else DEVICE_CHUNK
-    scratch = torch.empty(min(size, old.numel()), dtype=torch.float32, device=base.device)
-    for start in range(0, old.numel(), size):
-        stop = min(start + size, old.numel())
-        yield start, torch.sub(new[start:stop], old[start:stop], out=scratch[: stop - start])
-
-
-class Selection:
-    """The largest magnitudes of all numbers that it was shown, twice, in slices of any size.
-
-    `counts(n)` says how many of n numbers are wanted, largest first; there may be several answers.
-    Show all numbers to `count`, then all of them to `refine`; then `largest` has an answer for
-    each. A magnitude is the fp32 pattern of |x|: its upper bits are counted in the first pass, the
-    lower bits of those that share the upper bits of a threshold in the second.
+    The `count` largest without the `outliers` largest ones; of equal magnitudes the first ones
+    count as larger, or, with `all_equal`, all that are equal to the last one stay, whichever tensor
+    they are in. There are no passes where all stays, or nothing.
     """
 
-    def __init__(self, counts: Callable[[int], Sequence[int]]) -> None:
-        self._wanted = counts
-        self._high = np.zeros(HIGH_BINS, dtype=np.int64)
-        self._bins: tuple[_Bin | None, ...] | None = None
-
-    def count(self, values: Float[Tensor, ...]) -> None:
-        """The first pass: add these numbers to the histogram of the upper bits."""
-        for bits in _magnitude_bits(values):
-            self._high += torch.bincount(bits >> LOW_BITS, minlength=HIGH_BINS).cpu().numpy()
-
-    def refine(self, values: Float[Tensor, ...]) -> None:
-        """The second pass: look at the lower bits, where the upper ones leave it open."""
-        bins = {one.place: one for one in self._aim() if one is not None}.values()
-        for bits in _magnitude_bits(values):
-            high = bits >> LOW_BITS
-            for one in bins:
-                one.add(bits, high)
-
-    def largest(self) -> tuple[Largest, ...]:
-        """The largest magnitudes, for each count that was wanted."""
-        return tuple(NONE if one is None else one.largest(rank) for rank, one in self._ranked())
-
-    def _ranks(self) -> Sequence[int]:
-        return self._wanted(int(self._high.sum()))
-
-    def _aim(self) -> tuple[_Bin | None, ...]:
-        """For each count, the bin of the upper bits in which its threshold lies."""
-        if self._bins is None:
-            found: dict[int, _Bin] = {}
-            places = [_place(self._high, rank) if rank else None for rank in self._ranks()]
-            self._bins = tuple(
-                None if place is None else found.setdefault(place[0], _Bin(*place))
-                for place in places
-            )
-        return self._bins
-
-    def _ranked(self) -> Iterator[tuple[int, _Bin | None]]:
-        return zip(self._ranks(), self._aim(), strict=True)
-
-
-class _Bin:
-    """The magnitudes with the upper bits `place`, by their lower bits; `above` are larger."""
-
-    def __init__(self, place: int, above: int) -> None:
-        self.place = place
-        self._above = above
-        self._low = np.zeros(LOW_BINS, dtype=np.int64)
-
-    def add(self, bits: Int32[Tensor, " n"], high: Int32[Tensor, " n"]) -> None:
-        low = _where(bits, high, self.place) & (LOW_BINS - 1)
-        if low.numel():
-            self._low += torch.bincount(low, minlength=LOW_BINS).cpu().numpy()
-
-    def largest(self, rank: int) -> Largest:
-        low, above = _place(self._low, rank - self._above)
-        threshold = np.array(self.place << LOW_BITS | low, dtype=np.int32).view(np.float32)
-        return Largest(float(threshold), rank - self._above - above, int(self._low[low]))
-
-
-class ModelSelection:
-    """The largest magnitudes over all deltas of one model, for `scope: model`.
-
-    Call each of `passes`, in order, with every delta of the model, in slices of any size and any
-    order. Then `kept()` is this model's entry of `measured`, for all its tensors. Without
-    `rescale` there are two passes, with it a third one for the norms. All magnitudes equal to the
-    threshold are kept, as in the paper's code, so that no tensor comes before another.
-    """
-
-    def __init__(self, density: float, *, rescale: bool = False) -> None:
-        self._selection = Selection(lambda count: (kept_count(density, count),))
+    def __init__(
+        self,
+        numel: int,
+        count: int,
+        outliers: int = 0,
+        *,
+        rescale: bool = False,
+        all_equal: bool = False,
+    ) -> None:
+        self._counts = (count, outliers)
         self._rescale = rescale
         self._norms = Norms()
+        self._open = outliers > 0 or 0 < count < numel
+        select = Sort if numel <= SORTED else Selection
+        self._selection = select(self._counts, all_equal=all_equal)
 
     @property
-    def passes(self) -> tuple[Callable[[Float[Tensor, ...]], None], ...]:
-        """What is to be shown every delta, one after the other."""
-        selecting = (self._selection.count, self._selection.refine)
-        return (*selecting, self._weigh) if self._rescale else selecting
+    def passes(self) -> tuple[See, ...]:
+        """What is to be shown every slice of `base` and `tensor`, one after the other."""
+        if not self._open:
+            return ()
+        looks = (*self._selection.passes, *([self._weigh] if self._rescale else []))
+        return tuple(partial(_show_delta, look) for look in looks)
 
-    def kept(self) -> Kept:
-        """What stays of each delta; to be asked after all passes."""
-        return Kept(self._cut, scale=self._norms.ratio)
+    def result(self) -> Kept:
+        """What stays; to be asked after all passes."""
+        return replace(self._kept, scale=self._norms.ratio)
 
     @cached_property
-    def _cut(self) -> Cut:
-        (largest,) = self._selection.largest()
-        return Cut(largest.threshold)
+    def _kept(self) -> Kept:
+        if not self._open:
+            return Kept(Cut(0.0 if self._counts[0] else math.inf))
+        largest, outliers = self._selection.cuts()
+        return Kept(largest, outliers if self._counts[1] else None)
 
-    def _weigh(self, delta: Float[Tensor, ...]) -> None:
-        self._norms.add(delta.abs().sum(), self._cut.keep(delta, 0).abs().sum())
+    def _weigh(self, start: int, delta: Float32[Tensor, " n"]) -> None:
+        self._norms.add(delta.abs().sum(), self._kept.keep(delta, start).abs().sum())
+
+
+def _show_delta(
+    look: Callable[[int, Tensor], None],
+    start: int,
+    base: Float[Tensor, ...],
+    tensor: Float[Tensor, ...],
+) -> None:
+    look(start, (tensor - base).float().reshape(-1))
 
 
 class Norms:
@@ -227,67 +170,125 @@ class Norms:
         return self._before / self._after
 
 
-def keep_largest(
-    base: Float[Tensor, ...],
-    tensor: Float[Tensor, ...],
-    count: int,
-    outliers: int,
-    *,
-    rescale: bool,
-) -> Kept:
-    """Of `tensor − base` the `count` largest magnitudes without the `outliers` largest ones.
+class Selection:
+    """For each of `counts`, the cut that so many of the largest magnitudes pass.
 
-    Of equal magnitudes the first ones count as larger.
+    A magnitude is the fp32 pattern of |x|. Its upper bits are counted in the first pass, and the
+    lower bits of those that share the upper bits of a threshold in the second. A third one finds
+    the place up to which magnitudes equal to a threshold stay, unless they all do (`all_equal`);
+    it needs the slices in order.
     """
-    if outliers == 0 and count in (0, tensor.numel()):
-        return Kept(Cut(0.0 if count else math.inf))
-    largest, removed = select_largest(base, tensor, (count, outliers))
-    kept = Kept(
-        _exact_cut(largest, base, tensor),
-        _exact_cut(removed, base, tensor) if outliers else None,
-    )
-    if not rescale:
-        return kept
-    norms = Norms()
-    for start, delta in deltas(base, tensor):
-        norms.add(delta.abs().sum(), kept.keep(delta, start).abs().sum())
-    return replace(kept, scale=norms.ratio)
+
+    def __init__(self, counts: Sequence[int], *, all_equal: bool = False) -> None:
+        self._counts = counts
+        self._all_equal = all_equal
+        self._high = np.zeros(0, dtype=np.int64)
+
+    @property
+    def passes(self) -> tuple[Look, ...]:
+        """What is to be shown every slice, one after the other."""
+        looks = (self._count, self._refine)
+        return looks if self._all_equal else (*looks, self._place)
+
+    def cuts(self) -> tuple[Cut, ...]:
+        """The cut for each count; to be asked after all passes."""
+        return tuple(border.cut for border in self._borders)
+
+    def _count(self, start: int, values: Float32[Tensor, " n"]) -> None:
+        high = _magnitude_bits(values) >> LOW_BITS
+        counts = torch.bincount(high, minlength=HIGH_BINS).cpu().numpy()
+        self._high = self._high + counts if self._high.size else counts
+
+    def _refine(self, start: int, values: Float32[Tensor, " n"]) -> None:
+        bits = _magnitude_bits(values)
+        high = bits >> LOW_BITS
+        for one in {one.place: one for one in self._bins if one is not None}.values():
+            one.add(bits, high)
+
+    def _place(self, start: int, values: Float32[Tensor, " n"]) -> None:
+        for border in self._borders:
+            border.look(start, values)
+
+    @cached_property
+    def _bins(self) -> tuple[_Bin | None, ...]:
+        """For each count, the bin of the upper bits in which its threshold lies."""
+        found: dict[int, _Bin] = {}
+        places = [_bin_of(self._high, count) if count else None for count in self._counts]
+        return tuple(
+            None if place is None else found.setdefault(place[0], _Bin(*place)) for place in places
+        )
+
+    @cached_property
+    def _borders(self) -> tuple[_Border, ...]:
+        return tuple(
+            _Border(NONE if one is None else one.largest(count), all_equal=self._all_equal)
+            for count, one in zip(self._counts, self._bins, strict=True)
+        )
 
 
-def select_largest(
-    base: Float[Tensor, ...], tensor: Float[Tensor, ...], counts: Sequence[int]
-) -> tuple[Largest, ...]:
-    """The `k` largest magnitudes of `tensor − base`, for each k."""
-    if tensor.numel() <= SORTED:
-        return _sort(base, tensor, counts)
-    selection = Selection(lambda _: counts)
-    for look in (selection.count, selection.refine):
-        for _, delta in deltas(base, tensor):
-            look(delta)
-    return selection.largest()
+class Sort:
+    """`Selection` of a few numbers: one pass that keeps them, in order."""
+
+    def __init__(self, counts: Sequence[int], *, all_equal: bool = False) -> None:
+        self._counts = counts
+        self._all_equal = all_equal
+        self._values: list[Float32[Tensor, " n"]] = []
+
+    @property
+    def passes(self) -> tuple[Look, ...]:
+        return (self._keep,)
+
+    def cuts(self) -> tuple[Cut, ...]:
+        values = torch.cat(self._values)
+        ordered = np.sort(values.cpu().numpy())
+        borders = []
+        for count in self._counts:
+            largest = _count_back(ordered, count) if count else NONE
+            borders.append(_Border(largest, all_equal=self._all_equal))
+            borders[-1].look(0, values)
+        return tuple(border.cut for border in borders)
+
+    def _keep(self, start: int, values: Float32[Tensor, " n"]) -> None:
+        self._values.append(values.abs())
 
 
-def _exact_cut(largest: Largest, base: Float[Tensor, ...], tensor: Float[Tensor, ...]) -> Cut:
-    """The cut that keeps exactly these: of magnitudes equal to the threshold the first by place."""
-    if largest.equal == largest.all_equal or largest.threshold == 0:
-        return Cut(largest.threshold)
-    missing = largest.equal
-    for start, delta in deltas(base, tensor):
-        same = delta.abs_() == largest.threshold
+class _Border:
+    """Finds the place up to which magnitudes equal to the threshold belong to the largest."""
+
+    def __init__(self, largest: Largest, *, all_equal: bool) -> None:
+        exact = largest.equal < largest.all_equal and largest.threshold > 0 and not all_equal
+        self._missing = largest.equal if exact else 0
+        self.cut = Cut(largest.threshold)
+
+    def look(self, start: int, values: Float32[Tensor, " n"]) -> None:
+        """The next slice, whose first element is at the flat place `start`."""
+        if not self._missing:
+            return
+        same = values.abs() == self.cut.threshold
         found = int(torch.count_nonzero(same))
-        if found >= missing:
-            return Cut(largest.threshold, start + int(same.nonzero()[missing - 1]) + 1)
-        missing -= found
-    raise AssertionError("the tensor changed between two passes over it")
+        if found >= self._missing:
+            until = start + int(same.nonzero()[self._missing - 1]) + 1
+            self.cut = replace(self.cut, until=until)
+        self._missing = max(self._missing - found, 0)
 
 
-def _sort(
-    base: Float[Tensor, ...], tensor: Float[Tensor, ...], counts: Sequence[int]
-) -> tuple[Largest, ...]:
-    """`select_largest` by sorting."""
-    slices = [delta.abs_().cpu().numpy() for _, delta in deltas(base, tensor)]
-    ordered = np.sort(np.concatenate(slices)) if slices else np.zeros(0, dtype=np.float32)
-    return tuple(_count_back(ordered, count) if count else NONE for count in counts)
+class _Bin:
+    """The magnitudes with the upper bits `place`, by their lower bits; `above` are larger."""
+
+    def __init__(self, place: int, above: int) -> None:
+        self.place = place
+        self._above = above
+        self._low = np.zeros(LOW_BINS, dtype=np.int64)
+
+    def add(self, bits: Int32[Tensor, " n"], high: Int32[Tensor, " n"]) -> None:
+        low = _where(bits, high, self.place) & (LOW_BINS - 1)
+        if low.numel():
+            self._low += torch.bincount(low, minlength=LOW_BINS).cpu().numpy()
+
+    def largest(self, rank: int) -> Largest:
+        low, above = _bin_of(self._low, rank - self._above)
+        threshold = np.array(self.place << LOW_BITS | low, dtype=np.int32).view(np.float32)
+        return Largest(float(threshold), rank - self._above - above, int(self._low[low]))
 
 
 def _count_back(ordered: Float32[np.ndarray, " n"], count: int) -> Largest:
@@ -297,11 +298,9 @@ def _count_back(ordered: Float32[np.ndarray, " n"], count: int) -> Largest:
     return Largest(float(ordered[first]), int(right) - first, int(right - left))
 
 
-def _magnitude_bits(values: Float[Tensor, ...]) -> Iterator[Int32[Tensor, " n"]]:
-    """The fp32 patterns of |values|, in slices; as whole numbers they order as the magnitudes."""
-    flat = values.detach().reshape(-1)
-    for part in flat.split(CHUNK if flat.is_cpu else DEVICE_CHUNK):
-        yield part.float().view(torch.int32) & MAGNITUDE
+def _magnitude_bits(values: Float32[Tensor, " n"]) -> Int32[Tensor, " n"]:
+    """The fp32 patterns of |values|; as whole numbers they order as the magnitudes."""
+    return values.view(torch.int32) & MAGNITUDE
 
 
 def _where(bits: Int32[Tensor, " n"], high: Int32[Tensor, " n"], place: int) -> Int32[Tensor, " m"]:
@@ -311,7 +310,7 @@ def _where(bits: Int32[Tensor, " n"], high: Int32[Tensor, " n"], place: int) -> 
     return torch.from_numpy(bits.numpy()[high.numpy() == place])  # three times as fast as torch
 
 
-def _place(histogram: Int64[np.ndarray, " bins"], rank: int) -> tuple[int, int]:
+def _bin_of(histogram: Int64[np.ndarray, " bins"], rank: int) -> tuple[int, int]:
     """The bin of the rank-th largest, and how many lie in higher bins."""
     from_top = np.cumsum(histogram[::-1])
     turned = int(np.searchsorted(from_top, rank))

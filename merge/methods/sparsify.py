@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -11,55 +11,38 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from merge.methods.selection import (
-    CHUNK,
-    DEVICE_CHUNK,
-    Kept,
-    ModelSelection,
-    Norms,
-    deltas,
-    keep_largest,
-    kept_count,
-)
+from merge.measuring import See
+from merge.methods.selection import Norms, Trim, kept_count
 from merge.part import Part
 
 RescaleBy = Literal["norm", "probability"]
 
 
 def measure_largest(
-    base: Float[Tensor, ...],
-    tensor: Float[Tensor, ...],
     *,
+    numel: int,
     density: float,
     rescale: bool,
+    scope: Literal["tensor", "model"] = "tensor",
     **unused: object,
-) -> Kept:
-    """TIES' trimming: the `max(1, int(density · n))` largest magnitudes of the delta stay."""
-    return keep_largest(
-        base, tensor, kept_count(density, tensor.numel()), outliers=0, rescale=rescale
-    )
+) -> Trim:
+    """TIES' trimming: the `max(1, int(density · n))` largest magnitudes of the delta stay.
 
-
-def measure_model(*, density: float, rescale: bool, **unused: object) -> ModelSelection:
-    """TIES' trimming over all of a model, as in the paper."""
-    return ModelSelection(density, rescale=rescale)
+    Over all of a model those that equal the smallest of them stay as well, as in the paper's code.
+    """
+    count = kept_count(density, numel)
+    return Trim(numel, count, rescale=rescale, all_equal=scope == "model")
 
 
 def measure_band(
-    base: Float[Tensor, ...],
-    tensor: Float[Tensor, ...],
-    *,
-    density: float,
-    gamma: float,
-    rescale: bool,
-    **unused: object,
-) -> Kept:
+    *, numel: int, density: float, gamma: float, rescale: bool, **unused: object
+) -> Trim:
     """Breadcrumbs: without the `int(gamma · n)` largest magnitudes, the `density · n` next ones.
 
     Where so many are not left, fewer of the largest are removed.
     """
-    end, begin = band(density, gamma, tensor.numel())
-    return keep_largest(base, tensor, end, outliers=begin, rescale=rescale)
+    end, begin = band(density, gamma, numel)
+    return Trim(numel, end, begin, rescale=rescale)
 
 
 def band(density: float, gamma: float, count: int) -> tuple[int, int]:
@@ -69,27 +52,61 @@ def band(density: float, gamma: float, count: int) -> tuple[int, int]:
     return end, end - kept
 
 
+class Factor:
+    """A factor on what stays of a delta: `constant`, or, with None, `‖δ‖₁ / ‖kept δ‖₁`.
+
+    `norms(part, base, tensor)` are these two for the slice `part`.
+    """
+
+    def __init__(
+        self,
+        constant: float | None,
+        part: Part,
+        norms: Callable[[Part, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        self._constant = constant
+        self._part = part
+        self._of = norms
+        self._norms = Norms()
+
+    @property
+    def passes(self) -> tuple[See, ...]:
+        """What is to be shown every slice; none where the factor is known."""
+        return (self._weigh,) if self._constant is None else ()
+
+    def result(self) -> float:
+        """The factor; to be asked after all passes."""
+        return self._norms.ratio if self._constant is None else self._constant
+
+    def _weigh(self, start: int, base: Float[Tensor, ...], tensor: Float[Tensor, ...]) -> None:
+        part = replace(self._part, start=self._part.start + start)
+        self._norms.add(*self._of(part, base, tensor))
+
+
 def measure_drops(
-    base: Float[Tensor, ...],
-    tensor: Float[Tensor, ...],
     *,
+    numel: int,
     density: float,
     rescale: bool,
     rescale_by: RescaleBy,
     part: Part,
     model: int,
     **unused: object,
-) -> float:
+) -> Factor:
     """DARE's factor on what stays: `1 / density`, or `‖δ‖₁ / ‖kept δ‖₁` over the whole tensor."""
+
+    def norms(
+        part: Part, base: Float[Tensor, ...], tensor: Float[Tensor, ...]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        magnitudes = (tensor - base).abs_()
+        return magnitudes.sum(), drop(magnitudes, density, part, model).sum()
+
+    known = None
     if not rescale or not 0 < density < 1:
-        return 1.0
-    if rescale_by == "probability":
-        return 1 / density
-    norms = Norms()
-    for start, delta in deltas(base, tensor):
-        magnitudes, here = delta.abs_(), replace(part, start=part.start + start)
-        norms.add(magnitudes.sum(), drop(magnitudes, density, here, model).sum())
-    return norms.ratio
+        known = 1.0
+    elif rescale_by == "probability":
+        known = 1 / density
+    return Factor(known, part, norms)
 
 
 def drop(delta: Float[Tensor, ...], density: float, part: Part, model: int) -> Float[Tensor, ...]:
@@ -101,9 +118,8 @@ def drop(delta: Float[Tensor, ...], density: float, part: Part, model: int) -> F
 
 
 def measure_ranked_drops(
-    base: Float[Tensor, ...],
-    tensor: Float[Tensor, ...],
     *,
+    numel: int,
     density: float,
     epsilon: float,
     rescale: bool,
@@ -111,18 +127,21 @@ def measure_ranked_drops(
     part: Part,
     model: int,
     **unused: object,
-) -> float:
+) -> Factor:
     """DELLA's factor on what stays: `‖δ‖₁ / ‖kept δ‖₁` over the whole tensor.
 
     1 where each element has a factor of its own, by its probability.
     """
-    if not rescale or rescale_by == "probability" or not 0 < density < 1:
-        return 1.0
-    norms = Norms()
-    for start, magnitudes in _row_magnitudes(base, tensor):
-        stays = _stays(magnitudes, density, epsilon, replace(part, start=part.start + start), model)
-        norms.add(magnitudes.sum(), stays.mul_(_sorted_rows(magnitudes)).sum())
-    return norms.ratio
+
+    def norms(
+        part: Part, base: Float[Tensor, ...], tensor: Float[Tensor, ...]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        magnitudes = as_rows((tensor - base).abs_())
+        stays = _stays(magnitudes, density, epsilon, part, model)
+        return magnitudes.sum(), stays.mul_(_sorted_rows(magnitudes)).sum()
+
+    measured = rescale and rescale_by == "norm" and 0 < density < 1
+    return Factor(None if measured else 1.0, part, norms)
 
 
 def drop_by_rank(
@@ -179,18 +198,6 @@ def _stays(
     alone, and no order.
     """
     return part.uniform(model, rows).lt_(keep_probabilities(rows, density, epsilon))
-
-
-def _row_magnitudes(
-    base: Float[Tensor, ...], tensor: Float[Tensor, ...]
-) -> Iterator[tuple[int, Float[Tensor, "rows in"]]]:
-    """The magnitudes of `tensor − base` in slices of whole rows, and the place of the first."""
-    old, new = as_rows(base), as_rows(tensor)
-    width = old.shape[1]
-    size = max(1, (CHUNK if base.is_cpu else DEVICE_CHUNK) // max(width, 1))
-    if width:
-        for row in range(0, len(old), size):
-            yield row * width, (new[row : row + size] - old[row : row + size]).abs_()
 
 
 def _sorted_rows(magnitudes: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from merge.methods.averages import normalized
+
 Triplets = tuple[Float[Tensor, "out _"], Float[Tensor, " _"], Float[Tensor, "_ in"]]
 MatrixMerge = Callable[[Sequence[Float[Tensor, "out in"]]], Float[Tensor, "out in"]]
 
@@ -93,7 +95,7 @@ def merge_matrices(
 ) -> Float[Tensor, "*shape"]:
     """`b + scale·merge(τ_1, …, τ_N)` for a matrix, `b + scale·mean(τ_k)` for anything else.
 
-    The mean has the weights `weight`, equal ones by default.
+    The mean has the weights `weight`, equal ones by default; MergeError where they sum to 0.
 
     With `convolutions` "matrix" a tensor [out, in, …] is the matrix [out, in·…]. Deltas that are
     not finite are averaged too, so that they show.
@@ -103,9 +105,8 @@ def merge_matrices(
     if is_matrix and base.numel() and all(bool(delta.isfinite().all()) for delta in deltas):
         merged = merge([delta.flatten(1) for delta in deltas]).view_as(base)
     else:
-        weights = weight or [1.0] * len(deltas)
-        weighted = [delta.mul_(one) for delta, one in zip(deltas, weights, strict=True)]
-        merged = sum_of(weighted).div_(sum(weights))
+        shares = normalized(weight or [1.0] * len(deltas))
+        merged = sum_of([delta.mul_(one) for delta, one in zip(deltas, shares, strict=True)])
     return torch.add(base, merged, alpha=scale)
 
 

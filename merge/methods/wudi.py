@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -35,24 +35,48 @@ def wudi(
 def _minimise(
     deltas: Sequence[Float[Tensor, "out in"]], iterations: int, lr: float
 ) -> Float[Tensor, "out in"]:
-    """The gradient is `2 (τ A − B)`, A = Σ τ_kᵀ τ_k / ‖τ_k‖², B = Σ τ_k τ_kᵀ τ_k / ‖τ_k‖².
-
-    With A and B known a step costs one product, whatever the number of models.
-    """
+    """The gradient is `2 (τ A − B)`, A = Σ u_kᵀ u_k, B = Σ τ_k u_kᵀ u_k, u_k = τ_k / ‖τ_k‖."""
     merged = sum_of(deltas)
-    moved = [(delta, delta / norm) for delta in deltas if (norm := delta.norm()) > 0]
+    moved = [(delta / norm, norm) for delta in deltas if (norm := delta.norm()) > 0]
     if not moved:
         return merged
-    gram, target = merged.new_zeros(merged.shape[1], merged.shape[1]), torch.zeros_like(merged)
-    for delta, unit in moved:
-        one = unit.mT @ unit
-        target.addmm_(delta, one)
-        gram += one
+    units = [unit for unit, _ in moved]
+    through = _factored(units) if len(units) * merged.shape[0] < merged.shape[1] else _gram(units)
+    target = torch.zeros_like(merged)
+    for unit, norm in moved:
+        target.add_(_cube(unit), alpha=float(norm))
     mean, square = torch.zeros_like(merged), torch.zeros_like(merged)
     for step in range(1, iterations + 1):
-        gradient = torch.addmm(target, merged, gram, beta=-2, alpha=2)
+        gradient = through(merged).sub_(target).mul_(2)
         mean.lerp_(gradient, 1 - MOMENTUM)
         square.mul_(SECOND_MOMENTUM).addcmul_(gradient, gradient, value=1 - SECOND_MOMENTUM)
         root = square.sqrt().div_((1 - SECOND_MOMENTUM**step) ** 0.5).add_(EPSILON)
         merged.addcdiv_(mean, root, value=-lr / (1 - MOMENTUM**step))
     return merged
+
+
+def _gram(units: Sequence[Float[Tensor, "out in"]]) -> Callable[[Tensor], Tensor]:
+    """`τ → τ A` by A [in, in]: one product, whatever the number of models."""
+    gram = units[0].mT @ units[0]
+    for unit in units[1:]:
+        gram.addmm_(unit.mT, unit)
+    return lambda merged: merged @ gram
+
+
+def _factored(units: Sequence[Float[Tensor, "out in"]]) -> Callable[[Tensor], Tensor]:
+    """`τ → τ A` as `Σ (τ u_kᵀ) u_k`, where A would be larger than all of the u_k."""
+
+    def through(merged: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        total = torch.zeros_like(merged)
+        for unit in units:
+            total.addmm_(merged @ unit.mT, unit)
+        return total
+
+    return through
+
+
+def _cube(unit: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """`u uᵀ u`, by way of the smaller matrix."""
+    if unit.shape[0] <= unit.shape[1]:
+        return (unit @ unit.mT) @ unit
+    return unit @ (unit.mT @ unit)

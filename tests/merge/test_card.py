@@ -55,6 +55,13 @@ def test_local_models_are_no_base_models(tmp_path: Path, monkeypatch: pytest.Mon
     assert front_matter(model_card(CONFIG, record))["base_model"] == ["owner/base", "owner/adapter"]
 
 
+def test_local_models_go_by_their_file_names_outside_of_the_config() -> None:
+    config = CONFIG.replace("zoo/b", "/home/me/zoo/b_x.safetensors")
+    card = model_card(config, RECORD)
+    assert "`b_x.safetensors`" in section(card, "Models")
+    assert card.count("/home/me") == section(card, "Config").count("/home/me") == 1
+
+
 def test_the_sections_say_what_the_record_holds() -> None:
     card = model_card(CONFIG, RECORD)
     assert "# linear, odd|one: 2 models\n" in card

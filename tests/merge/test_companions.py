@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from merge.companions import check_config, check_tokenizers, copy_companions, library_of
+from merge.companions import (
+    TokenizerCheck,
+    check_config,
+    check_tokenizer,
+    check_tokenizers,
+    copy_companions,
+    library_of,
+)
 from merge.errors import MergeError
 
 CONFIG = {
@@ -342,12 +349,30 @@ def test_files_of_sentencepiece_are_compared_by_their_bytes(tmp_path: Path) -> N
     assert "cannot be compared token by token" in problem
 
 
-def test_folders_without_a_tokenizer_are_notes(tmp_path: Path) -> None:
+def test_folders_without_a_tokenizer_do_not_count(tmp_path: Path) -> None:
     none = folder(tmp_path / "a", {})
     some = folder(tmp_path / "b", {"vocab.txt": "x"})
-    check = check_tokenizers([none, some, some])
-    assert check.agree
-    assert check.notes == (f"{none}: has no tokenizer",)
+    other = folder(tmp_path / "c", {"vocab.txt": "y"})
+    assert check_tokenizers([none, some, some]) == TokenizerCheck((), ())
+    assert check_tokenizers([none, none]) == check_tokenizers([]) == TokenizerCheck((), ())
+    (problem,) = check_tokenizers([none, some, none, other]).problems
+    assert problem.startswith(f"{other / 'vocab.txt'}: 1 tokens are missing")
+
+
+def test_equal_bytes_are_not_read_as_a_vocabulary_and_differ_once(tmp_path: Path) -> None:
+    same = [folder(tmp_path / name, {"vocab.txt": b"\xff"}) for name in "ab"]
+    assert check_tokenizers(same) == TokenizerCheck((), ())
+    first = folder(tmp_path / "first", {"vocab.json": {"x": 0}})
+    others = [folder(tmp_path / name, {"vocab.json": {"y": 0}}) for name in "cd"]
+    (problem,) = check_tokenizers([first, *others]).problems
+    assert problem.startswith(f"{others[0] / 'vocab.json'} and 1 more like it: ")
+
+
+def test_a_tokenizer_that_is_to_be_copied_is_checked_beforehand(tmp_path: Path) -> None:
+    check_tokenizer(folder(tmp_path / "a", {"vocab.txt": "x"}))
+    none = folder(tmp_path / "b", {"config.json": CONFIG})
+    with pytest.raises(MergeError, match=r"b: holds no tokenizer .* tokenizer_source"):
+        check_tokenizer(none)
 
 
 @pytest.mark.parametrize(
@@ -360,6 +385,8 @@ def test_folders_without_a_tokenizer_are_notes(tmp_path: Path) -> None:
         ("vocab.txt", b"\xff"),
     ],
 )
-def test_a_vocabulary_that_is_none_is_an_error(tmp_path: Path, name: str, content: bytes) -> None:
-    with pytest.raises(MergeError, match="is not the vocabulary that its name says"):
-        check_tokenizers([folder(tmp_path / "a", {name: content})])
+def test_a_vocabulary_that_is_none_is_a_problem(tmp_path: Path, name: str, content: bytes) -> None:
+    broken = folder(tmp_path / "a", {name: content})
+    others = [folder(tmp_path / text, {"vocab.txt": text}) for text in "xy"]
+    (problem,) = check_tokenizers([broken, *others]).problems
+    assert problem.startswith(f"{broken / name}: is not the vocabulary that its name says")

@@ -296,6 +296,65 @@ def test_where_the_tensors_come_from() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("merge_method", "linear"),
+        ("parameters", {"weight": 1}),
+        ("methods", [{"match": "*", "merge_method": "linear"}]),
+        ("skip", ["a"]),
+        ("only", ["a"]),
+        ("dtype", "bfloat16"),
+        ("out_dtype", "float32"),
+        ("align", {"model": {"source": "timm", "name": "resnet18"}, "image": [3, 8, 8]}),
+        ("seed", 1),
+        ("device", "cuda"),
+    ],
+)
+def test_what_has_no_effect_beside_coefficients_is_refused(key: str, value: Any) -> None:
+    soup = {"coefficients": "a.json", "models": [{"model": "a"}]}
+    assert "no effect beside coefficients" in problem({**soup, key: value}, key)
+    soup["models"] = [{"model": "a", "parameters": {"weight": 1}}]
+    assert "no effect beside coefficients" in problem(soup, "models.0.parameters")
+
+
+def test_what_a_learned_soup_is_made_by_stands_beside_its_coefficients() -> None:
+    data = {"coefficients": "a.json", "models": [{"model": "a"}], "base_model": "b"}
+    assert parse_config({**data, "memory_budget": "1GiB", "tokenizer_source": "base"})
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("merge_method", "found 3; wanted a valid string"),
+        ("base_model", "wanted a valid string"),
+        ("models", "wanted a valid list"),
+        ("coefficients", "is not a valid path"),
+        ("statistics", "wanted a valid dictionary"),
+    ],
+)
+def test_a_key_of_the_wrong_kind_has_no_other_problem(key: str, message: str) -> None:
+    method = "fisher" if key == "statistics" else "ties"
+    found = problem({**two(merge_method=method, base_model="c"), key: 3}, key)
+    assert message in found
+    assert "missing" not in found
+
+
+def test_a_model_is_the_same_however_its_path_is_written(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "lora"):
+        Path(name).mkdir()
+    Path("link").symlink_to("a")
+    for other in ("./a", str(tmp_path / "a"), "b/../a", "link"):
+        data = {"merge_method": "linear", "models": [{"model": "a"}, {"model": other}]}
+        assert f"'a' and {other!r} are one model" in problem(data, "models")
+        data = two(merge_method="ties", base_model=other)
+        assert f"'a' is the base_model {other!r} in other words" in problem(data, "models")
+    data = {"merge_method": "linear", "models": [{"model": "a+lora"}, {"model": "a+./lora"}]}
+    assert "are one model" in problem(data, "models")
+    assert parse_config(two(models=[{"model": "a"}, {"model": "./b"}, {"model": "a+lora"}]))
+
+
+@pytest.mark.parametrize(
     ("data", "message"),
     [
         (two(merge_method="ties"), "name it with base_model"),
@@ -364,6 +423,16 @@ def test_a_base_must_be_among_the_sources_of_a_slice() -> None:
 )
 def test_parameters(parameters: Any, key: str, message: str) -> None:
     assert message in problem(two(parameters=parameters), key)
+
+
+@pytest.mark.parametrize("value", [[5, 10], [{"filter": "mlp", "value": [5, 10]}, {"value": 3}]])
+def test_a_whole_number_has_no_gradient(value: Any) -> None:
+    key = "parameters.max_iter" if value == [5, 10] else "parameters.max_iter.0.value"
+    found = problem(two(merge_method="karcher", parameters={"max_iter": value}), key)
+    assert found.startswith("is a whole number, which has no gradient over the layers; give one")
+    assert found.endswith("[{filter: …, value: …}, …] (found [5, 10])")
+    one = [{"filter": "mlp", "value": [5]}, {"value": 3}]
+    assert parse_config(two(merge_method="karcher", parameters={"max_iter": one}))
 
 
 def test_a_parameter_for_all_models_in_one_of_them() -> None:

@@ -95,7 +95,7 @@ def test_words_tell_what_is_before_and_after(name: str, side: str) -> None:
     assert Layers.of([name, "blocks.0.w.weight", "blocks.1.w.weight"]).position(name) == side
 
 
-def test_without_a_telling_word_the_order_of_the_file_counts() -> None:
+def test_without_a_telling_word_the_order_of_the_names_counts() -> None:
     layers = Layers.of(["alpha", "blocks.0.w.weight", "blocks.1.w.weight", "omega"])
     assert layers.position("alpha") == "before"
     assert layers.position("omega") == "after"

@@ -24,6 +24,7 @@ from merge.config import parse_config
 from merge.cooking import cook
 from merge.errors import MergeError
 from merge.merging import merge
+from merge.output import Output
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {
@@ -74,7 +75,8 @@ def test_the_folder_and_its_record(config: dict[str, Any], tmp_path: Path):
         "merge.json",
         "model.safetensors",
     ]
-    assert json.loads((tmp_path / "out" / "merge.json").read_text()) == record
+    files = ["README.md", "model.safetensors", "merge.json"]
+    assert json.loads((tmp_path / "out" / "merge.json").read_text()) == record | {"files": files}
     hashes = {entry["name"]: entry["sha256"] for entry in record["ingredients"]}
     for reference, sha256 in hashes.items():
         with open_checkpoint(reference) as checkpoint:
@@ -171,6 +173,12 @@ def test_statistics_are_gathered_and_merged(tmp_path: Path):
         before = [file.stat().st_mtime_ns for file in files]
         merge(config, tmp_path / method, overwrite=True, progress=False)
         assert [file.stat().st_mtime_ns for file in files] == before, "gathered once"
+        files[0].rename(tmp_path / "aside")
+        files[1].rename(files[0])
+        (tmp_path / "aside").rename(files[1])
+        swapped = (tmp_path / method / "model.safetensors").read_bytes()
+        merge(config, tmp_path / method, overwrite=True, progress=False)
+        assert (tmp_path / method / "model.safetensors").read_bytes() == swapped, "made again"
         found = load_file(tmp_path / method / "model.safetensors")
         models = [load_file(entry["model"]) for entry in entries]
         if method == "fisher":
@@ -255,7 +263,9 @@ def test_the_output_is_no_input(config: dict[str, Any], tmp_path: Path):
     before = (tmp_path / "0.safetensors").read_bytes()
     for out in (tmp_path / "0.safetensors", tmp_path):
         for overwrite in (False, True):
-            with pytest.raises(MergeError, match=r"0\.safetensors|is there already|no merge has"):
+            with pytest.raises(
+                MergeError, match=r"0\.safetensors|is there already|no merge has made"
+            ):
                 merge(config, out, overwrite=overwrite, progress=False)
     assert (tmp_path / "0.safetensors").read_bytes() == before
 
@@ -375,3 +385,68 @@ def test_networks_trained_apart_are_aligned_first(tmp_path: Path):
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert torch.equal(again["0.weight"], found["0.weight"])
     assert not torch.equal(again["1.running_mean"], found["1.running_mean"])
+
+
+def test_an_input_in_the_output_is_never_removed(config: dict[str, Any], tmp_path: Path):
+    merge(config, tmp_path / "out", progress=False)
+    inner = tmp_path / "out" / "model.safetensors"
+    before = inner.read_bytes()
+    config["models"][0]["model"] = str(inner)
+    with pytest.raises(MergeError, match="holds the input"):
+        merge(config, tmp_path / "out", overwrite=True, progress=False)
+    assert inner.read_bytes() == before
+
+
+def test_the_folder_one_stands_in(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge(config, ".", progress=False)
+    assert (tmp_path / "here" / "model.safetensors").exists()
+
+
+def stopped_after_one_shard(
+    config: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        finish = Output.finish
+
+        def stop(output: Output, shard: str, record: dict[str, Any]) -> None:
+            finish(output, shard, record)
+            raise KeyboardInterrupt
+
+        patch.setattr(Output, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(config, out, max_shard_bytes=300, progress=False)
+
+
+def test_only_the_same_merge_is_resumed(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = [entry["model"] for entry in config["models"]]
+    checkpoints = [open_checkpoint(path) for path in paths]
+    names = sorted({*checkpoints[0].tensors} - {"norm.num_batches_tracked"})
+
+    def save_soup(first: float) -> None:
+        Coefficients(
+            ingredients=tuple(Ingredient(c.path, scan(c).sha256) for c in checkpoints),
+            groups={"all": tuple(names)},
+            matrix=np.array([[first], [0.5], [0.5 - first]]),
+            carried={"norm.num_batches_tracked": "integer"},
+        ).save(tmp_path / "soup.json")
+
+    save_soup(0.3)
+    soup = {"coefficients": str(tmp_path / "soup.json"), "models": [{"model": p} for p in paths]}
+    stopped_after_one_shard(soup, tmp_path / "out", monkeypatch)
+    save_soup(0.9)
+    with pytest.raises(MergeError, match=r"--resume: .*of another config, shard size or input"):
+        merge(soup, tmp_path / "out", max_shard_bytes=300, resume=True, progress=False)
+    save_soup(0.3)
+    stopped_after_one_shard(soup, tmp_path / "out", monkeypatch)
+    with pytest.raises(MergeError, match="--resume"):
+        merge(soup, tmp_path / "out", resume=True, progress=False)
+    merge(soup, tmp_path / "out", max_shard_bytes=300, resume=True, progress=False)
+    merge(soup, tmp_path / "whole", max_shard_bytes=300, progress=False)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()

@@ -1,13 +1,14 @@
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from inputs.errors import InputError
 from merge.errors import MergeError
-from merge.output import RECORD, open_output
+from merge.output import RECORD, aside, open_output
 
 
 def listing(folder: Path) -> list[str]:
@@ -19,7 +20,7 @@ def merge_into(path: Path, *, text: str = "weights", fingerprint: str = "f", **o
     with open_output(path, fingerprint=fingerprint, **settings) as output:
         (output.work / "model.safetensors").write_text(text)
         output.finish("model.safetensors", {"seconds": 1.0})
-        output.commit({"notes": []}, overwrite=settings["overwrite"])
+        output.commit({"ingredients": []})
 
 
 def test_a_folder_is_put_in_place_whole(tmp_path: Path):
@@ -30,7 +31,8 @@ def test_a_folder_is_put_in_place_whole(tmp_path: Path):
         f"deep/out/{RECORD}",
         "deep/out/model.safetensors",
     ]
-    assert json.loads((tmp_path / "deep" / "out" / RECORD).read_text()) == {"notes": []}
+    record = json.loads((tmp_path / "deep" / "out" / RECORD).read_text())
+    assert record == {"ingredients": [], "files": ["model.safetensors", RECORD]}
 
 
 def test_a_file_is_put_in_place_with_its_record(tmp_path: Path):
@@ -59,7 +61,7 @@ def test_another_merge_is_not_resumed(tmp_path: Path):
     with open_output(tmp_path / "out", fingerprint="f", resume=False, overwrite=False):
         pass
     with (
-        pytest.raises(MergeError, match="was of another config or of other input files"),
+        pytest.raises(MergeError, match="was of another config, shard size or input"),
         open_output(tmp_path / "out", fingerprint="g", resume=True, overwrite=False),
     ):
         pass
@@ -100,8 +102,67 @@ def test_file_and_folder_are_not_confused(tmp_path: Path):
     (tmp_path / "b").write_text("")
     with pytest.raises(MergeError, match=r"is a folder; name a \.safetensors file"):
         merge_into(tmp_path / "a.safetensors")
-    with pytest.raises(MergeError, match="is a file; name a folder"):
-        merge_into(tmp_path / "b", overwrite=True)
+    for name in ("b", "new.pt"):
+        with pytest.raises(MergeError, match="names a file; name a folder"):
+            merge_into(tmp_path / name, overwrite=True)
+    with pytest.raises(MergeError, match="b is a file; name a path that is not below it"):
+        merge_into(tmp_path / "b" / "out")
+
+
+def test_what_was_put_beside_a_result_is_never_removed(tmp_path: Path):
+    merge_into(tmp_path / "out")
+    (tmp_path / "out" / "evaluation.txt").write_text("93.1")
+    with pytest.raises(MergeError, match=r"holds what no merge has made \(evaluation\.txt\)"):
+        merge_into(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "evaluation.txt").read_text() == "93.1"
+
+
+def test_a_file_that_no_merge_has_made_is_never_replaced(tmp_path: Path):
+    (tmp_path / "mine.safetensors").write_text("years")
+    (tmp_path / "other.merge.json").write_text("{}")
+    for name in ("mine.safetensors", "other.safetensors"):
+        with pytest.raises(MergeError, match="no merge has made"):
+            merge_into(tmp_path / name, overwrite=True)
+    assert (tmp_path / "mine.safetensors").read_text() == "years"
+    assert (tmp_path / "other.merge.json").read_text() == "{}"
+
+
+def test_a_shard_that_was_cut_short_is_made_again(tmp_path: Path):
+    with open_output(tmp_path / "out", fingerprint="f", resume=False, overwrite=False) as output:
+        (output.work / "a.safetensors").write_text("abc")
+        output.finish("a.safetensors", {})
+        (output.work / "a.safetensors").write_text("a")
+    with open_output(tmp_path / "out", fingerprint="f", resume=True, overwrite=False) as output:
+        assert output.finished("a.safetensors") is None
+
+
+@pytest.mark.parametrize("moment", ["aside", "in place"])
+def test_a_merge_killed_while_it_replaces_a_folder(tmp_path: Path, moment: str):
+    out = tmp_path / "out"
+    merge_into(out)
+    if moment == "aside":  # the old one has gone aside, the new one is not there yet
+        out.rename(aside(out))
+        with pytest.raises(MergeError, match="is there already"):
+            merge_into(out)
+        assert (out / "model.safetensors").read_text() == "weights"
+    else:
+        shutil.copytree(out, aside(out))
+    merge_into(out, text="new", overwrite=True)
+    assert (out / "model.safetensors").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_mistakes_leave_nothing_and_a_full_disk_says_how_to_go_on(tmp_path: Path):
+    def fail(error: Exception) -> None:
+        with open_output(tmp_path / "out", fingerprint="f", resume=False, overwrite=False):
+            raise error
+
+    with pytest.raises(MergeError, match="no good"):
+        fail(MergeError("no good"))
+    assert listing(tmp_path) == []
+    with pytest.raises(MergeError, match=r"No space left on device; .*go on with --resume"):
+        fail(OSError(28, "No space left on device"))
+    assert (tmp_path / ".out.unfinished").exists()
 
 
 def _try(path: Path, answer) -> None:

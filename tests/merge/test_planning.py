@@ -434,6 +434,13 @@ def test_tied_tensors_that_are_stored_twice_name_each_other(tmp_path: Path) -> N
         torch_plan(tmp_path, models, skip=["lm_head.*"])
 
 
+def test_tied_tensors_are_at_one_depth(tmp_path: Path) -> None:
+    models = {name: tied(3, both=True) for name in ("a", "base")}
+    found = by_name(torch_plan(tmp_path, models, merge_method="lines", base_model="base"))
+    assert found["model.embed_tokens.weight"].tied_to == "lm_head.weight"
+    assert found["model.embed_tokens.weight"].depth == found["lm_head.weight"].depth == 1
+
+
 def test_what_is_tied_in_one_checkpoint_alone_is_merged_apart(tmp_path: Path) -> None:
     apart = {**llama(1), "score.bias": torch.zeros(2)}
     found = by_name(torch_plan(tmp_path, {"a": tied(1, both=True), "b": apart}))
@@ -505,6 +512,65 @@ def test_a_parameter_that_some_tensors_lack(tmp_path: Path) -> None:
     assert (
         "'head.fc.bias', 'head.fc.weight', 'stem.0.weight': merge_method 'slerp' wants" in message
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("linear", {}),
+        ("multislerp", {}),
+        ("knots", {"merge": "linear"}),
+        ("knots", {"merge": "ties"}),
+    ],
+)
+def test_weights_that_cannot_be_normalized(
+    tmp_path: Path, method: str, parameters: dict[str, Any]
+) -> None:
+    models = {name: llama(1) for name in ("a", "b", "base")}
+    weights = {"a": 1, "b": [{"filter": "norm", "value": -1}, {"value": 2}]}
+    entries = [{"model": name, "parameters": {"weight": w}} for name, w in weights.items()]
+    config: dict[str, Any] = {"merge_method": method, "parameters": parameters, "models": entries}
+    if method == "linear":
+        models.pop("base")
+    message = refused(tmp_path, models, **config)
+    assert message.count("\n") == 1
+    assert "'model.layers.0.input_layernorm.weight', 'model.norm.weight': the weights" in message
+    assert "[1.0, -1.0] sum to 0" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("linear", {"normalize": False}),
+        ("multislerp", {"normalize_weights": False}),
+        ("knots", {"merge": "ties"}),
+        ("task_arithmetic", {"normalize": True}),
+    ],
+)
+def test_weights_that_sum_to_0_where_nothing_divides_by_them(
+    tmp_path: Path, method: str, parameters: dict[str, Any]
+) -> None:
+    models = {name: {"w.weight": torch.zeros(2, 2)} for name in ("a", "b", "base")}
+    entries = [
+        {"model": name, "parameters": {"weight": weight}} for name, weight in (("a", 1), ("b", -1))
+    ]
+    plan(tmp_path, models, merge_method=method, parameters=parameters, models=entries)
+
+
+def test_fisher_weights_of_zero(tmp_path: Path) -> None:
+    data = {split: {"from": split} for split in ("fit", "tune", "select", "report")}
+    statistics = {
+        "model": {"source": "timm", "name": "resnet18"},
+        "data": {"path": "digits", **data},
+    }
+    message = refused(
+        tmp_path,
+        {name: llama(1) for name in "ab"},
+        merge_method="fisher",
+        parameters={"weight": 0},
+        statistics=statistics,
+    )
+    assert "[0.0, 0.0] sum to 0" in message
 
 
 def test_a_gradient_needs_layers(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fleet.recipes import Recipe
 from fleet.train import evaluate
 from inputs.data import LearningData, load_learning_data
 from inputs.models import build_model
+from merge.errors import MergeError
 from soups.config import FinetuneConfig, LearnConfig, Range
 from soups.errors import SoupError
 from soups.zoo import describe, load_weights, make_zoo, sample_recipes
@@ -226,7 +227,7 @@ def test_a_base_of_another_model_is_refused(made, tmp_path: Path):
     )
     other = changed(values, zoo__path=str(tmp_path / "zoo"))
     other["zoo"]["base"] = str(tmp_path / "b.safetensors")
-    with pytest.raises(SoupError) as error:
+    with pytest.raises(MergeError) as error:
         make(folder, other)
     message = str(error.value)
     assert "'0.weight' is [2, 1, 3, 3], the model has [4, 1, 3, 3]" in message

@@ -37,6 +37,15 @@ def test_a_linear_module(write_adapter, write_base, lora, rows: int, columns: in
         assert {f.name for f in both.files} == {"base.safetensors", "adapter_model.safetensors"}
 
 
+def test_its_home_is_the_bases(write_adapter, write_base, lora, tmp_path) -> None:
+    adapter = write_adapter("a_first", lora("q", 4, 3))
+    (tmp_path / "z_last").mkdir()
+    path = write_base({"q.weight": (4, 3)}, name="z_last/base")
+    with applied(open_checkpoint(path), open_adapter(adapter)) as both:
+        assert both.home == tmp_path / "z_last"
+        assert both.files == (path, adapter / "adapter_model.safetensors")
+
+
 def test_a_convolution(write_adapter, write_base) -> None:
     draw = torch.Generator().manual_seed(0)
     a = torch.randn(2, 3, 3, 2, generator=draw)

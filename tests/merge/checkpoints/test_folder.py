@@ -30,6 +30,7 @@ def index(folder: Path, weight_map: Any, name: str = "model.safetensors.index.js
 def test_shards_are_one_checkpoint(folder: Path, name: str) -> None:
     with open_checkpoint(folder / name) as checkpoint:
         assert list(checkpoint.tensors) == ["a", "b"]
+        assert checkpoint.home == checkpoint.files[0].parent
         assert [path.name for path in checkpoint.files] == [
             "model-1.safetensors",
             "model-2.safetensors",

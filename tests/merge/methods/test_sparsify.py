@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merge.methods.selection import (
-    SORTED,
-    Cut,
-    Kept,
-    ModelSelection,
-    Selection,
-    kept_count,
-    select_largest,
-)
+from merge.measuring import Measure
+from merge.methods.selection import SORTED, Cut, Kept, Selection, Sort, kept_count
 from merge.methods.sparsify import (
     band,
     drop,
@@ -52,6 +46,22 @@ def numbers(kind: str, count: int) -> Tensor:
 KINDS = ["normal", "tiny", "wide", "coarse", "mostly zero", "equal", "float64"]
 
 
+def measured(measure: Measure, delta: Tensor) -> Any:
+    """What is measured of a delta that is shown whole."""
+    for see in measure.passes:
+        see(0, torch.zeros_like(delta), delta)
+    return measure.result()
+
+
+def cuts_of(selection: Selection | Sort, slices: Sequence[Tensor]) -> tuple[Cut, ...]:
+    for look in selection.passes:
+        start = 0
+        for part in slices:
+            look(start, part)
+            start += part.numel()
+    return selection.cuts()
+
+
 def top(values: np.ndarray, k: int) -> np.ndarray:
     """Which elements are the k largest magnitudes, the first of equal ones."""
     order = np.lexsort((np.arange(values.size), -values))
@@ -64,20 +74,18 @@ def magnitudes(values: Tensor) -> np.ndarray:
     return np.abs(values.float().numpy()).reshape(-1)
 
 
+@pytest.mark.parametrize("select", [Selection, Sort])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2, 50, LARGE])
-def test_the_largest_are_those_of_a_sort(kind: str, count: int) -> None:
-    values = numbers(kind, count)
-    ordered = np.sort(magnitudes(values))[::-1]
+def test_the_largest_are_those_of_a_sort(
+    select: type[Selection | Sort], kind: str, count: int
+) -> None:
+    values = numbers(kind, count).float()
     counts = sorted({0, 1, count // 100, count // 3, count - 1, count})
-    found = select_largest(torch.zeros_like(values), values, counts)
-    for k, largest in zip(counts, found, strict=True):
-        if k == 0:
-            assert (largest.threshold, largest.equal) == (math.inf, 0)
-            continue
-        assert largest.threshold == ordered[k - 1]
-        assert largest.all_equal == (ordered == ordered[k - 1]).sum()
-        assert largest.equal == (ordered[:k] == ordered[k - 1]).sum()
+    cuts = cuts_of(select(counts), values.split(777))
+    for k, cut in zip(counts, cuts, strict=True):
+        wanted = values.numpy() * top(magnitudes(values), k)
+        assert np.array_equal(cut.keep(values, 0).numpy(), wanted)
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,19 +93,16 @@ def test_the_largest_are_those_of_a_sort(kind: str, count: int) -> None:
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1),
     share=st.floats(0, 1),
     cuts=st.lists(st.integers(0, 40), max_size=4),
+    all_equal=st.booleans(),
 )
-def test_any_slices_in_any_order_select_the_same(
-    values: list[float], share: float, cuts: list[int]
+def test_any_slices_select_the_same(
+    values: list[float], share: float, cuts: list[int], all_equal: bool
 ) -> None:
     whole = torch.tensor(values, dtype=torch.float32)
-    k = round(share * len(values))
-    slices = list(torch.tensor_split(whole, sorted(cuts)))
-    selection = Selection(lambda _: (k,))
-    for part in slices:
-        selection.count(part)
-    for part in reversed(slices):
-        selection.refine(part)
-    assert selection.largest() == select_largest(torch.zeros_like(whole), whole, (k,))
+    counts = (round(share * len(values)),)
+    slices = torch.tensor_split(whole, sorted(cuts))
+    found = [cuts_of(select(counts, all_equal=all_equal), slices) for select in (Selection, Sort)]
+    assert found[0] == found[1] == cuts_of(Sort(counts, all_equal=all_equal), [whole])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,9 +111,8 @@ def test_any_slices_in_any_order_select_the_same(
 def test_exactly_so_many_of_the_largest_stay(
     kind: str, density: float, shape: tuple[int, ...]
 ) -> None:
-    base = torch.zeros(shape, dtype=numbers(kind, 1).dtype)
     delta = numbers(kind, math.prod(shape)).view(shape)
-    kept = measure_largest(base, delta, density=density, rescale=False)
+    kept = measured(measure_largest(numel=delta.numel(), density=density, rescale=False), delta)
     k = kept_count(density, delta.numel())
     wanted = delta.numpy().reshape(-1) * top(magnitudes(delta), k)
     assert np.array_equal(kept.keep(delta, 0).numpy().reshape(-1), wanted)
@@ -122,7 +126,8 @@ def test_a_band_is_left_of_the_sorted_magnitudes(
     kind: str, density: float, gamma: float, count: int
 ) -> None:
     delta = numbers(kind, count)
-    kept = measure_band(torch.zeros_like(delta), delta, density=density, gamma=gamma, rescale=True)
+    measure = measure_band(numel=count, density=density, gamma=gamma, rescale=True)
+    kept = measured(measure, delta)
     stays = max(1, int(density * count))
     outliers = min(int(gamma * count), count - stays)
     mask = top(magnitudes(delta), stays + outliers) & ~top(magnitudes(delta), outliers)
@@ -146,7 +151,7 @@ def test_of_a_band_at_least_one_element_stays_unless_the_density_is_zero() -> No
 @pytest.mark.parametrize("cuts", [[1], [5, 6], [20, 77, 78, 199], list(range(1, 200))])
 def test_slices_keep_what_the_whole_keeps(kind: str, cuts: Sequence[int]) -> None:
     delta = numbers(kind, 200)
-    kept = measure_band(torch.zeros_like(delta), delta, density=0.4, gamma=0.2, rescale=False)
+    kept = measured(measure_band(numel=200, density=0.4, gamma=0.2, rescale=False), delta)
     starts = [0, *cuts]
     slices = [
         kept.keep(part, start)
@@ -167,7 +172,7 @@ def test_the_place_where_equals_end_counts_from_the_start_of_the_tensor() -> Non
 def test_what_is_not_finite_is_kept_for_the_engine_to_find(bad: float) -> None:
     delta = torch.linspace(-1, 1, 40)
     delta[7] = bad
-    kept = measure_largest(torch.zeros(40), delta, density=0.2, rescale=False)
+    kept = measured(measure_largest(numel=40, density=0.2, rescale=False), delta)
     assert not bool(kept.keep(delta, 0).isfinite().all())
 
 
@@ -184,13 +189,13 @@ def test_a_model_has_one_threshold(density: float, scale: float) -> None:
         torch.zeros(0, 3),
         numbers("coarse", 500),
     ]
-    selection = ModelSelection(density, rescale=True)
-    for look in selection.passes:
-        for delta in reversed(deltas):
-            look(delta)
-    kept = selection.kept()
-
     every = np.concatenate([magnitudes(delta) for delta in deltas])
+    measure = measure_largest(numel=every.size, density=density, rescale=True, scope="model")
+    for see in measure.passes:
+        for delta in deltas:
+            see(0, torch.zeros_like(delta), delta)
+    kept = measure.result()
+
     k = max(1, int(density * every.size)) if density else 0
     threshold = np.sort(every)[-k] if k else math.inf
     for delta in deltas:
@@ -202,10 +207,8 @@ def test_a_model_has_one_threshold(density: float, scale: float) -> None:
 
 
 def test_a_model_without_elements_keeps_nothing_and_scales_nothing() -> None:
-    selection = ModelSelection(0.5)
-    for look in selection.passes:
-        look(torch.zeros(0))
-    assert selection.kept() == Kept(Cut(math.inf))
+    measure = measure_largest(numel=0, density=0.5, rescale=True, scope="model")
+    assert measured(measure, torch.zeros(0)) == Kept(Cut(math.inf))
 
 
 # --- by chance -----------------------------------------------------------------------------------
@@ -217,9 +220,8 @@ def test_the_norm_of_what_is_dropped_is_that_of_the_mask_of_the_merge(
 ) -> None:
     delta = numbers("normal", math.prod(shape)).view(shape)
     part = Part("x", seed=3, start=0)
-    scale = measure_drops(
-        torch.zeros(shape), delta, density=0.3, rescale=True, rescale_by="norm", part=part, model=1
-    )
+    arguments: Any = {"numel": delta.numel(), "rescale": True, "rescale_by": "norm"}
+    scale = measured(measure_drops(density=0.3, part=part, model=1, **arguments), delta)
     kept = drop(delta.clone(), 0.3, part, 1).double().abs().sum()
     before = delta.double().abs().sum()
     assert scale == pytest.approx(float(before / kept) if kept > 0 else 1.0, rel=1e-6)
@@ -238,23 +240,25 @@ def test_a_share_of_the_elements_is_dropped_independently_of_magnitude() -> None
 @pytest.mark.parametrize(("density", "rescale"), [(0.0, True), (1.0, True), (0.4, False)])
 def test_there_is_nothing_to_rescale(rescale_by: str, density: float, rescale: bool) -> None:
     chosen = {"density": density, "rescale": rescale, "rescale_by": rescale_by}
-    delta = numbers("normal", 50)
-    arguments = {**chosen, "part": Part(), "model": 0}
-    assert measure_drops(torch.zeros(50), delta, **arguments) == 1
-    assert measure_ranked_drops(torch.zeros(50), delta, epsilon=0.1, **arguments) == 1
+    arguments = {**chosen, "numel": 50, "part": Part(), "model": 0}
+    for measure in (measure_drops(**arguments), measure_ranked_drops(epsilon=0.1, **arguments)):
+        assert measure.passes == ()
+        assert measure.result() == 1
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_all_or_nothing_needs_no_pass(density: float, scope: Any) -> None:
+    measure = measure_largest(numel=LARGE, density=density, rescale=True, scope=scope)
+    assert measure.passes == ()
+    assert measure.result() == Kept(Cut(0.0 if density else math.inf))
 
 
 def test_by_probability_the_factor_is_its_inverse() -> None:
-    scale = measure_drops(
-        torch.zeros(5),
-        torch.ones(5),
-        density=0.25,
-        rescale=True,
-        rescale_by="probability",
-        part=Part(),
-        model=0,
-    )
-    assert scale == 4
+    arguments: Any = {"rescale": True, "rescale_by": "probability"}
+    measure = measure_drops(numel=5, density=0.25, part=Part(), model=0, **arguments)
+    assert measure.passes == ()
+    assert measure.result() == 4
 
 
 # --- by chance that grows with magnitude ---------------------------------------------------------
@@ -299,16 +303,9 @@ def test_what_stays_by_rank_has_the_norm_that_was_measured(
 ) -> None:
     delta = numbers("coarse", math.prod(shape)).view(shape).to(dtype)
     part = Part("x", seed=3)
-    scale = measure_ranked_drops(
-        torch.zeros_like(delta),
-        delta,
-        density=0.4,
-        epsilon=0.2,
-        rescale=True,
-        rescale_by="norm",
-        part=part,
-        model=1,
-    )
+    arguments: Any = {"numel": delta.numel(), "rescale": True, "rescale_by": "norm"}
+    measure = measure_ranked_drops(density=0.4, epsilon=0.2, part=part, model=1, **arguments)
+    scale = measured(measure, delta)
     kept = drop_by_rank(delta.clone(), 0.4, 0.2, part, 1, by_probability=False)
     after, before = float(kept.double().abs().sum()), float(delta.double().abs().sum())
     assert scale == pytest.approx(before / after if after and before else 1.0, rel=1e-6)

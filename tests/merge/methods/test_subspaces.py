@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from merge.errors import MergeError
 from merge.part import Part
 from merge.registry import METHODS
 
@@ -217,6 +218,13 @@ def test_linear_knots_is_a_weighted_mean(shape: tuple[int, ...]) -> None:
     found = METHODS["knots"](base, tensors, merge="linear", weight=[1, 2, 3])
     deltas = [(t - base).numpy() for t in tensors]
     close(found, base, (deltas[0] + 2 * deltas[1] + 3 * deltas[2]) / 6)
+
+
+@pytest.mark.parametrize(("shape", "merge"), [((4, 3), "linear"), ((5,), "ties"), ((), "linear")])
+def test_knots_says_which_weights_sum_to_0(shape: tuple[int, ...], merge: str) -> None:
+    base, tensors = case(shape, models=2)
+    with pytest.raises(MergeError, match=r"the weights \[1.0, -1.0\] sum to 0"):
+        METHODS["knots"](base, tensors, merge=merge, weight=[1, -1])
 
 
 def test_knots_with_all_coordinates_kept_is_the_mean_of_agreeing_ones() -> None:

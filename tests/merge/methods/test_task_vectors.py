@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merge.errors import MergeError
-from merge.methods.selection import ModelSelection
+from merge.methods.sparsify import measure_largest
 from merge.part import Part
 from merge.registry import METHODS
 
@@ -220,12 +220,15 @@ def test_ties_as_in_the_paper() -> None:
         [scale * (t - b) + b for t in ts]
         for scale, b, ts in zip((1, 5, 0.2), bases, models, strict=True)
     ]
-    selections = [ModelSelection(0.2) for _ in range(3)]
-    for k, selection in enumerate(selections):
-        for look in selection.passes:
+    numel = sum(base.numel() for base in bases)
+    measures = [
+        measure_largest(numel=numel, density=0.2, rescale=False, scope="model") for _ in range(3)
+    ]
+    for k, measure in enumerate(measures):
+        for see in measure.passes:
             for base, tensors in zip(bases, models, strict=True):
-                look(tensors[k] - base)
-    measured = [selection.kept() for selection in selections]
+                see(0, base, tensors[k])
+    measured = [measure.result() for measure in measures]
 
     flat_base = np.concatenate([b.double().numpy().reshape(-1) for b in bases])
     deltas = np.stack(
