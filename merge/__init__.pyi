@@ -7,7 +7,7 @@ from .coefficients import Ingredient as Ingredient
 from .coefficients import mean_coefficients as mean_coefficients
 from .cooking import cook as cook
 from .errors import MergeError as MergeError
-from .inspection import inspect_models as inspect_models
+from .inspection.inspection import inspect_models as inspect_models
 from .merging import merge as merge
 from .mixing import combine as combine
 from .part import Part as Part

@@ -84,11 +84,11 @@ def run(
     with reported_errors(debug, MISTAKES, go_on="run the same command with --resume"):
         configure_logging(quiet=quiet, debug=debug)
         from inputs.config import load_config
-        from merge.config import MergeConfig
+        from merge.planning.config import MergeConfig
 
         settings = load_config(config, overrides or [], MergeConfig)
         max_shard_bytes = _size(max_shard_size)
-        from merge.output import check_output
+        from merge.result.output import check_output
 
         check_output(out.resolve(), overwrite=overwrite)
         from merge.merging import describe, merge, prepare
@@ -133,7 +133,7 @@ def inspect(
         configure_logging(quiet=quiet, debug=debug)
         budget = _size(memory_budget)
         from merge.checkpoints import open_checkpoint
-        from merge.inspection import inspect_models
+        from merge.inspection.inspection import inspect_models
 
         checkpoints = [opened.enter_context(open_checkpoint(model)) for model in models]
         anchor = opened.enter_context(open_checkpoint(base)) if base is not None else None
@@ -142,7 +142,7 @@ def inspect(
         )
         typer.echo(inspection.to_markdown())
         if out is not None:
-            from merge.heatmap import plot_inspection
+            from merge.inspection.heatmap import plot_inspection
 
             inspection.save(out)
             plot_inspection(inspection).savefig(out / "inspection.png", dpi=150)

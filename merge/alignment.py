@@ -12,9 +12,9 @@ from inputs.data import LearningData, load_learning_data
 from inputs.models import build_model, norm_buffer_names
 from merge.align import align_checkpoints, recalibrate_norms
 from merge.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from merge.config import AlignConfig, MergeConfig
 from merge.errors import MergeError
-from merge.gathering import load_weights
+from merge.planning.config import AlignConfig, MergeConfig
+from merge.statistics.gathering import load_weights
 
 RECALIBRATION_IMAGES = 2048
 RECALIBRATION_BATCH = 128

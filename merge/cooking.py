@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from merge.checkpoints import Checkpoint, CheckpointWriter, Scan, TensorInfo
+from merge.checkpoints.tensors import dtype_name
 from merge.coefficients import Coefficients
 from merge.errors import MergeError
 from merge.mixing import combine, compute_dtype, mixing_order, scratch_numel
@@ -163,7 +164,7 @@ def _plan(
             if info.shape != output.shape
         ]
         problems += [
-            f"{source.path}: {name!r} is {_dtype_name(info.dtype)}, which is not mixed"
+            f"{source.path}: {name!r} is {dtype_name(info.dtype)}, which is not mixed"
             for (source, _), info in zip(held, infos, strict=True)
             if not info.dtype.is_floating_point or info.dtype.itemsize == 1
         ]
@@ -237,13 +238,9 @@ def _casts(plan: Sequence[Item]) -> list[dict[str, Any]]:
         for checkpoint, stored in item.sources:
             found = checkpoint.tensors[stored].dtype
             if found != item.output.dtype:
-                key = (checkpoint.path, _dtype_name(found), _dtype_name(item.output.dtype))
+                key = (checkpoint.path, dtype_name(found), dtype_name(item.output.dtype))
                 casts.setdefault(key, []).append(item.output.name)
     return [
         {"checkpoint": path, "from": found, "to": stored, "tensors": names}
         for (path, found, stored), names in sorted(casts.items())
     ]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

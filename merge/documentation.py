@@ -162,7 +162,7 @@ def _words(method: Method) -> Iterator[tuple[str, str]]:
     if method.statistics:
         yield "needs", f"statistics of each model ({method.statistics}), gathered from data"
     if method.draws:
-        yield "random", "draws from the run's seed, the tensor's and the model's name"
+        yield "random", "draws from the run's seed, the tensor's name and the model's place"
     if method.others:
         yield "others", method.others
     if method.departs:

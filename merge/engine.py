@@ -19,7 +19,7 @@ from merge.measuring import Measure, block_numel, new_measure, row_numel, shaped
 from merge.method import Method, Products, Reach
 from merge.mixing import CHUNK, compute_dtype
 from merge.part import Part
-from merge.planning import Source, TensorMerge
+from merge.planning.plan import Source, TensorMerge
 from merge.stream import Item, Piece, Work
 
 # A tensor whose sources take no more than this share of the budget is measured and merged from

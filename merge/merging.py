@@ -20,23 +20,23 @@ import yaml
 from inputs.budget import format_bytes, peak_resident_bytes, resident_bytes
 from inputs.command import choose_device
 from merge.adapters.settings import CONFIG_NAME
-from merge.card import model_card
 from merge.checkpoints import Checkpoint, CheckpointWriter, Hasher, TensorInfo
 from merge.checkpoints.tensors import dtype_name
 from merge.checkpoints.writer import split_shards, write_index
 from merge.coefficients import Coefficients
-from merge.companions import check_config, check_tokenizer, copy_companions
-from merge.config import MergeConfig, parse_config
 from merge.cooking import plan_cooking
 from merge.engine import plan_work
 from merge.errors import MergeError
-from merge.gathering import Kind
-from merge.hashes import KnownHashes
 from merge.opening import Statistics, gather_statistics, open_models, wanted_statistics
-from merge.output import Output, check_output, is_file, open_output
-from merge.planning import MergePlan, plan_merge
+from merge.planning.config import MergeConfig, parse_config
+from merge.planning.plan import MergePlan, plan_merge
+from merge.result.card import model_card
+from merge.result.companions import check_config, check_tokenizer, copy_companions
+from merge.result.hashes import KnownHashes
+from merge.result.output import Output, check_output, is_file, open_output
+from merge.result.vocabularies import check_tokenizers
+from merge.statistics.gathering import Kind
 from merge.stream import Work, forecast, stream
-from merge.vocabularies import check_tokenizers
 
 if TYPE_CHECKING:
     from merge.alignment import Alignment
@@ -176,7 +176,6 @@ def prepare(config: MergeConfig, opened: ExitStack) -> Order:
         checkpoints = alignment.align(checkpoints)
     plan = plan_merge(config, checkpoints)
     wanted = wanted_statistics(config, plan.tensors)
-    check_config(plan.giver.home, layers=plan.layers)
     order = Order(
         config,
         device,
@@ -187,12 +186,7 @@ def prepare(config: MergeConfig, opened: ExitStack) -> Order:
         wanted_statistics=wanted,
         alignment=alignment,
     )
-    tokenizer = order.tokenizer
-    if tokenizer is not None:
-        check_tokenizer(tokenizer)
-    tokenizers = check_tokenizers(sorted({c.home for c in checkpoints.values()}))
-    order.notes += [*tokenizers.problems, *tokenizers.notes]
-    return order
+    return _with_checked_companions(order)
 
 
 def _prepare_soup(config: MergeConfig, device: torch.device, opened: ExitStack) -> Order:
@@ -205,7 +199,18 @@ def _prepare_soup(config: MergeConfig, device: torch.device, opened: ExitStack) 
     coefficients.check_ingredients(models, base=base)
     notes = [f"{name}: carried, {reason}" for name, reason in sorted(coefficients.carried.items())]
     soup = plan_cooking(coefficients, models, base=base)
-    return Order(config, device, checkpoints, base or models[0], notes, soup=soup)
+    order = Order(config, device, checkpoints, base or models[0], notes, soup=soup)
+    return _with_checked_companions(order)
+
+
+def _with_checked_companions(order: Order) -> Order:
+    """Raise what copying config and tokenizer files would raise, and note where those differ."""
+    check_config(order.giver.home, layers=order.plan.layers if order.plan is not None else None)
+    if order.tokenizer is not None:
+        check_tokenizer(order.tokenizer)
+    tokenizers = check_tokenizers(sorted({c.home for c in order.checkpoints.values()}))
+    order.notes += [*tokenizers.problems, *tokenizers.notes]
+    return order
 
 
 # --- writing ------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from inputs.models import build_model
 from merge.adapters import applied, is_adapter, open_adapter
 from merge.checkpoints import Checkpoint, open_checkpoint
 from merge.checkpoints.envelopes import PREFIXES, WRAPPERS
-from merge.config import MergeConfig, StatisticsConfig, split_reference
 from merge.errors import MergeError
-from merge.gathering import Kind, choose_images, gather, read_record
-from merge.hashes import KnownHashes
-from merge.planning import Source, TensorMerge
+from merge.planning.config import MergeConfig, StatisticsConfig, split_reference
+from merge.planning.plan import Source, TensorMerge
+from merge.result.hashes import KnownHashes
+from merge.statistics.gathering import Kind, choose_images, gather, read_record
 
 log = logging.getLogger(__name__)
 

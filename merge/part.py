@@ -18,8 +18,8 @@ DRAWS_PER_STEP = 2  # numbers of 32 bits in one step of the generator
 class Part:
     """The flat elements from `start` on of the tensor `name`.
 
-    Random numbers depend on the seed, the tensor's name, the model's name and the element's place
-    alone: not on how the tensor is sliced, the order of the models, or the device.
+    Random numbers depend on the seed, the tensor's name, the model's place (or its name, where
+    `models` has names) and the element's place alone: not on how the tensor is sliced, or where.
     `depth` is where the tensor stands among the layers, from 0 to 1.
     """
 

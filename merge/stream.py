@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from inputs.budget import format_bytes
 from merge.checkpoints import Checkpoint, CheckpointWriter, TensorInfo
+from merge.checkpoints.tensors import dtype_name
 from merge.errors import MergeError
 from merge.mixing import CHUNK
 
@@ -203,7 +204,7 @@ def _check_finite(piece: Piece, result: Tensor) -> None:
         paths = ", ".join(dict.fromkeys(checkpoint.path for checkpoint, _ in piece.item.sources))
         raise MergeError(
             f"{piece.item.output.name!r}: the result has non-finite values, wanted finite ones in "
-            f"{_dtype_name(piece.item.output.dtype)}; look for NaN or infinity in {paths} "
+            f"{dtype_name(piece.item.output.dtype)}; look for NaN or infinity in {paths} "
             "(python -m merge inspect counts them), for weights that are too large, or skip the "
             "tensor"
         )
@@ -306,10 +307,6 @@ def _read_count(item: Item) -> int:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # --- reading ahead ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from inputs.files import write_whole
 from inputs.models import build_model, describe_model
 from inputs.randomness import generator
 from merge.checkpoints import CheckpointWriter, TensorInfo, open_checkpoint, scan
-from merge.gathering import load_weights as give_weights
+from merge.statistics.gathering import load_weights as give_weights
 from soups.config import FinetuneConfig, LearnConfig, Range
 from soups.errors import SoupError
 from soups.ingredients import holds_checkpoint

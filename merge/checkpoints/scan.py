@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from merge.checkpoints.tensors import Checkpoint, tensor_bytes
+from merge.checkpoints.tensors import Checkpoint, dtype_name, tensor_bytes
 
 READ_BYTES = 4 << 20
 
@@ -92,8 +92,8 @@ class Hasher:
 def _hash_of_all(checkpoint: Checkpoint, digests: Mapping[str, str]) -> str:
     whole = hashlib.sha256()
     for name, info in checkpoint.tensors.items():
-        dtype = str(info.dtype).removeprefix("torch.")
-        whole.update(json.dumps([name, dtype, info.shape, digests[name]]).encode())
+        entry = [name, dtype_name(info.dtype), info.shape, digests[name]]
+        whole.update(json.dumps(entry).encode())
     return whole.hexdigest()
 
 

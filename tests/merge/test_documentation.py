@@ -119,7 +119,7 @@ def test_papers_are_arxiv_ids_or_addresses() -> None:
     assert reference("https://example.org/a") == "https://example.org/a"
 
 
-@pytest.mark.parametrize("module", ["merge.documentation", "merge.companions", "merge.card"])
+@pytest.mark.parametrize("module", ["merge.documentation", "merge.result.companions"])
 def test_no_torch_is_imported(module: str) -> None:
     code = f"import {module}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

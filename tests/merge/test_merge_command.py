@@ -183,8 +183,9 @@ def test_an_interrupted_merge_says_how_to_go_on(config: Path, tmp_path: Path):
 
 def test_help_comes_without_torch():
     code = (
-        "import sys, runpy; sys.argv = ['merge', '--help']\n"
-        "try: runpy.run_module('merge', run_name='__main__')\n"
+        "import sys\n"
+        "from merge.__main__ import app\n"
+        "try: app(['--help'])\n"
         "except SystemExit: print('torch' in sys.modules)"
     )
     done = subprocess.run(

@@ -20,11 +20,11 @@ from torch import nn
 from inputs.models import build_model
 from merge.checkpoints import open_checkpoint, scan
 from merge.coefficients import Coefficients, Ingredient
-from merge.config import parse_config
 from merge.cooking import cook
 from merge.errors import MergeError
 from merge.merging import merge
-from merge.output import Output
+from merge.planning.config import parse_config
+from merge.result.output import Output
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {

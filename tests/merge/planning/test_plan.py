@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from merge.checkpoints import Checkpoint, open_checkpoint
-from merge.config import parse_config
 from merge.errors import MergeError
-from merge.planning import MergePlan, TensorMerge, plan_merge
+from merge.planning.config import parse_config
+from merge.planning.plan import MergePlan, TensorMerge, plan_merge
 
 Tensors = dict[str, Tensor]
 INSIDE = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")

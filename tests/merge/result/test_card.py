@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from merge.card import model_card
+from merge.result.card import model_card
 
 CONFIG = "merge_method: linear\nmodels:\n- model: owner/a\n- model: zoo/b\n"
 RECORD: dict[str, Any] = {

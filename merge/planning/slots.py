@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from merge.checkpoints import Checkpoint
-from merge.config import Group, MergeConfig
 from merge.errors import MergeError
-from merge.layers import Layers
-from merge.parameters import Scope, read_scope
+from merge.planning.config import Group, MergeConfig
+from merge.planning.layers import Layers
+from merge.planning.parameters import Scope, read_scope
 
 __all__ = ["Member", "Slot", "make_slots"]
 

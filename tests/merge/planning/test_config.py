@@ -12,9 +12,9 @@ import yaml
 
 from inputs.config import load_config
 from inputs.errors import InputError
-from merge.config import MergeConfig, parse_config, split_reference
 from merge.errors import MergeError
-from merge.parameters import read_cases
+from merge.planning.config import MergeConfig, parse_config, split_reference
+from merge.planning.parameters import read_cases
 from merge.registry import METHODS
 
 SLERP = """
@@ -194,9 +194,9 @@ def test_references_are_split_at_the_plus(tmp_path: Path, monkeypatch: Any) -> N
 
 def test_no_torch_to_read_and_refuse_a_config() -> None:
     code = (
-        "import sys, merge.config, merge.parameters, merge.layers\n"
+        "import sys, merge.planning.config, merge.planning.parameters, merge.planning.layers\n"
         "from merge.errors import MergeError\n"
-        "try: merge.config.parse_config({'merge_method': 'dare-ties'})\n"
+        "try: merge.planning.config.parse_config({'merge_method': 'dare-ties'})\n"
         "except MergeError as error: assert 'dare_ties' in str(error)\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -8,7 +8,7 @@ import pytest
 
 from inputs.errors import InputError
 from merge.errors import MergeError
-from merge.output import RECORD, aside, open_output
+from merge.result.output import RECORD, aside, open_output
 
 
 def listing(folder: Path) -> list[str]:

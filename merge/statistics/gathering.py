@@ -21,8 +21,8 @@ from inputs.data import ImageSet
 from inputs.randomness import generator
 from merge.checkpoints import Checkpoint, CheckpointWriter, TensorInfo, scan
 from merge.errors import MergeError
-from merge.input_grams import InputGrams, Weights, linear_weights, parameter_names
-from merge.squared_gradients import Labels, SquaredGradients
+from merge.statistics.input_grams import InputGrams, Weights, linear_weights, parameter_names
+from merge.statistics.squared_gradients import Labels, SquaredGradients
 
 Kind = Literal["fisher", "gram"]
 Record = dict[str, Any]

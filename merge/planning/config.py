@@ -21,10 +21,10 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from inputs.config import DataConfig, ModelConfig, Settings, explain, with_known_keys
-from merge.config_checks import config_without, details
 from merge.errors import MergeError
 from merge.method import Method
-from merge.parameters import read_cases
+from merge.planning.checks import config_without, details
+from merge.planning.parameters import read_cases
 from merge.registry import METHODS
 
 __all__ = [

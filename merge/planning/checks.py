@@ -11,11 +11,11 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from inputs.config import nearest, with_known_keys
 from merge.method import Method
-from merge.parameters import read_cases, setting_errors
+from merge.planning.parameters import read_cases, setting_errors
 from merge.registry import METHODS
 
 if TYPE_CHECKING:
-    from merge.config import Group, MergeConfig
+    from merge.planning.config import Group, MergeConfig
 
 __all__ = ["config_without", "details"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from inputs.data import ImageSet
 from merge.checkpoints import CheckpointWriter, TensorInfo, open_checkpoint, scan
 from merge.errors import MergeError
-from merge.gathering import check_statistics, gather, load_weights, read_record
 from merge.registry import METHODS
+from merge.statistics.gathering import check_statistics, gather, load_weights, read_record
 
 BUDGET = 1 << 28
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from merge.companions import (
+from merge.errors import MergeError
+from merge.result.companions import (
     TokenizerCheck,
     check_config,
     check_tokenizer,
@@ -17,7 +18,6 @@ from merge.companions import (
     copy_companions,
     library_of,
 )
-from merge.errors import MergeError
 
 CONFIG = {
     "model_type": "llama",
@@ -115,7 +115,7 @@ def test_a_pickle_under_a_tokenizers_name_stays(tmp_path: Path, start: bytes) ->
 
 
 def test_a_file_beyond_the_limit_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merge.companions.LIMIT_BYTES", 3)
+    monkeypatch.setattr("merge.result.companions.LIMIT_BYTES", 3)
     giver = folder(tmp_path / "a", {"vocab.txt": "abc", "merges.txt": "abcd"})
     assert copy_companions(giver, tmp_path / "o") == [
         "not copied: merges.txt: has 4 bytes, at most 3 are copied"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from merge.checkpoints import Checkpoint, open_checkpoint
 from merge.errors import MergeError
-from merge.heatmap import plot_inspection
-from merge.inspection import Inspection, inspect_models, short_names
+from merge.inspection.heatmap import plot_inspection
+from merge.inspection.inspection import Inspection, inspect_models, short_names
 
 BUDGET = 64 << 20
 SHAPES = {

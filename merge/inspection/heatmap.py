@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from merge.inspection import Inspection, mean_of_pairs
+from merge.inspection.inspection import Inspection, mean_of_pairs
 
 BLUE, ORANGE, GREY, INK, PALE = "#0072B2", "#D55E00", "#8C8C8C", "#262626", "#E6E6E6"
 DIVERGING = "RdBu_r"

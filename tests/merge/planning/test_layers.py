@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merge.errors import MergeError
-from merge.layers import Layers
+from merge.planning.layers import Layers
 
 
 def llama(layers: int) -> list[str]:

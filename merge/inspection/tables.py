@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tabulate import tabulate
 
-from merge.inspection import Inspection, ModelFacts, mean_of_pairs
+from merge.inspection.inspection import Inspection, ModelFacts, mean_of_pairs
 
 if TYPE_CHECKING:
     from pandas import DataFrame

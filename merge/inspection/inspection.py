@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 
 from inputs.files import write_whole
 from merge.checkpoints import Checkpoint, TensorInfo
+from merge.checkpoints.tensors import dtype_name
 from merge.errors import MergeError
 from merge.gram import RUN, gram_matrix
-from merge.layers import Layers
 from merge.mixing import CHUNK
+from merge.planning.layers import Layers
 from merge.stream import stored_name, tied_names
 
 if TYPE_CHECKING:
@@ -103,13 +104,13 @@ class Inspection:
 
     def tables(self) -> dict[str, DataFrame]:
         """Frames: `models`, `layers`, `cosine`, `pairs` (of models, by layer), `tensors`."""
-        from merge.inspection_tables import frames
+        from merge.inspection.tables import frames
 
         return frames(self)
 
     def to_markdown(self) -> str:
         """The tables and remarks as Markdown, which reads well in a terminal too."""
-        from merge.inspection_tables import markdown
+        from merge.inspection.tables import markdown
 
         return markdown(self)
 
@@ -264,7 +265,7 @@ class _Survey:
             return f"missing in {_listed(lacks)}"
         infos = [s.tensors[n] for s, n in zip(self.sources, held, strict=True) if n is not None]
         if not all(info.dtype.is_floating_point for info in infos):
-            kinds = sorted({str(info.dtype).removeprefix("torch.") for info in infos})
+            kinds = sorted({dtype_name(info.dtype) for info in infos})
             return f"{', '.join(kinds)}, not floating point"
         shapes = sorted({info.shape for info in infos})
         if len(shapes) > 1:
@@ -383,7 +384,7 @@ class _Survey:
     def _facts(self, k: int, label: str, delta_norm: float | None) -> ModelFacts:
         source = self.sources[k]
         places = {source.stored[name]: info for name, info in source.tensors.items()}
-        dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in source.tensors.values())
+        dtypes = Counter(dtype_name(i.dtype) for i in source.tensors.values())
         return ModelFacts(
             name=label,
             tensors=len(source.tensors),

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from inputs.budget import format_bytes
-from merge.companions import library_of
 from merge.documentation import reference
 from merge.registry import METHODS
+from merge.result.companions import library_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAMES_SHOWN = 8

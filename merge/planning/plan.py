@@ -14,14 +14,14 @@ from merge.catalogue.subspaces import Knots
 from merge.catalogue.with_data import Fisher, RegMean
 from merge.checkpoints import Checkpoint, TensorInfo
 from merge.checkpoints.tensors import dtype_name
-from merge.config import MergeConfig
 from merge.errors import MergeError
-from merge.findings import Findings
 from merge.method import Method, MethodSettings
 from merge.methods.averages import normalized
-from merge.parameters import Scope, read_scope, resolve
+from merge.planning.config import MergeConfig
+from merge.planning.findings import Findings
+from merge.planning.parameters import Scope, read_scope, resolve
+from merge.planning.slots import Member, Slot, make_slots
 from merge.registry import METHODS
-from merge.slots import Member, Slot, make_slots
 from merge.stream import stored_name, tied_names
 
 __all__ = ["MergePlan", "Source", "TensorMerge", "plan_merge"]

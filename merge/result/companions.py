@@ -14,8 +14,8 @@ from typing import Any
 
 from inputs.files import write_whole
 from merge.errors import MergeError
-from merge.layer_counts import set_layers
-from merge.vocabularies import TokenizerCheck, check_tokenizers
+from merge.result.layer_counts import set_layers
+from merge.result.vocabularies import TokenizerCheck, check_tokenizers
 
 __all__ = [
     "COMPANIONS",

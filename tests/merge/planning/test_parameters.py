@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge.errors import MergeError
-from merge.parameters import read_cases, read_scope, resolve, setting_errors
+from merge.planning.parameters import read_cases, read_scope, resolve, setting_errors
 from merge.registry import METHODS
 
 LINEAR, SLERP, TIES = METHODS["linear"], METHODS["slerp"], METHODS["ties"]

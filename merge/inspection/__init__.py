@@ -1,0 +1,1 @@
+"""A look at several models beside each other: norms, cosines, sign conflicts."""

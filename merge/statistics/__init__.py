@@ -1,0 +1,1 @@
+"""What the methods with data gather first, by hooks on images."""
