@@ -82,8 +82,10 @@ def main(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians count.")] = 3,
     peer_repeats: Annotated[int, typer.Option(min=1, help="Repeats of the peer.")] = 1,
-    only: Annotated[str, typer.Option(help="Run the cases with this in their name.")] = "",
-    memory: Annotated[bool, typer.Option(help="Also the cases with 32 models.")] = True,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A method to run; may be given again.")
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="Also with 32 models, ours alone.")] = True,
     quick: Annotated[bool, typer.Option(help="A small model.")] = False,
     record: Annotated[bool, typer.Option(help="Append to results/benchmarks.csv.")] = True,
     make: Annotated[int, typer.Option(hidden=True)] = 0,
@@ -95,8 +97,8 @@ def main(
         return
     if not PEER.exists():
         raise SystemExit(f"{PEER}: not installed; pip install -e '.[bench]'")
-    cases = [case for case in CASES if only in case.name]
-    memory_cases = [case for case in MEMORY_CASES if memory and only in case.name]
+    cases = [case for case in CASES if not only or case.method in only]
+    memory_cases = [case for case in MEMORY_CASES if memory and (not only or case.method in only)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         most = max([case.models for case in [*cases, *memory_cases]], default=8)

@@ -24,7 +24,7 @@ from merge.stream import Item, Piece, Work
 
 # A tensor whose sources take no more than this share of the budget is measured and merged from
 # one reading; a larger one is read once more for each pass of what measures it.
-WHOLE_SHARE = 2
+WHOLE_SHARE = 4
 # What one thread merges at a time, of all sources together, unless they are very many.
 SLICE_BYTES = 8 * 2**20
 
