@@ -26,7 +26,7 @@ import typer
 from recording import ROOT, append_rows
 
 PEER = Path(sys.executable).with_name("mergekit-pytorch")
-PEER_THREADS_ENV = {"OMP_NUM_THREADS": str(os.cpu_count())}
+THREADS = {"OMP_NUM_THREADS": str(os.cpu_count())}
 MEMORY_LIMIT_BYTES = 1_200_000_000
 
 
@@ -157,7 +157,7 @@ def measure(folder: Path, command: Sequence[str]) -> tuple[float, int]:
     shutil.rmtree(out, ignore_errors=True)
     command = [str(out) if word == "OUT" else word for word in command]
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | PEER_THREADS_ENV)
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | THREADS)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
