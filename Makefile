@@ -19,6 +19,9 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/soup_construction.py
 	$(BIN)/python benchmarks/merge_throughput.py
+	$(BIN)/python benchmarks/mix.py
+	$(BIN)/python benchmarks/grouped_forward.py
+	$(BIN)/python benchmarks/compressed_rows.py
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from inputs.data import ImageSet
 from inputs.randomness import generator
 from merge.checkpoints import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
+from merge.checkpoints.scan import Scan
 from merge.coefficients import Ingredient
 from merge.preflight import Preflight
 from soups.ingredients import Zoo
@@ -177,9 +178,11 @@ def main(
         append_rows(Path(__file__).stem, rows, repeats, f"{threads} threads; {allocator}")
 
 
-def run_fresh(case: str, size: Size, folder: Path, threads: int) -> dict[str, Any]:
+def run_fresh(
+    case: str, size: Size, folder: Path, threads: int, script: str = __file__
+) -> dict[str, Any]:
     """What a new process measures."""
-    command = [sys.executable, __file__, "--case", case, "--folder", str(folder)]
+    command = [sys.executable, script, "--case", case, "--folder", str(folder)]
     command += ["--threads", str(threads), *(["--quick"] if size is QUICK else [])]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -308,17 +311,21 @@ def write_zoo(folder: Path, size: Size, count: int) -> None:
 
 
 def open_ingredients(folder: Path, size: Size, count: int) -> Zoo:
-    """The first `count` ingredients as a zoo; the scan is no part of learning and left out."""
+    """The first `count` ingredients as a zoo; the scan, which is no part of learning, is made up:
+    no two tensors are the same."""
     paths = [ingredient_path(folder, size, i) for i in range(count)]
     checkpoints = tuple(open_checkpoint(path) for path in paths)
     names = tuple(path.stem for path in paths)
+    tensors = tuple(checkpoints[0].tensors)
+    hashes = [f"{i:064x}" for i in range(count)]
+    scans = tuple(Scan(own, {name: f"{own} {name}" for name in tensors}, {}) for own in hashes)
     return Zoo(
         names=names,
         checkpoints=checkpoints,
         base=None,
-        preflight=Preflight([], [], [], mixed=tuple(checkpoints[0].tensors)),
+        preflight=Preflight([], [], [], mixed=tensors, scans=scans),
         tied={},
-        ingredients=tuple(Ingredient(name, f"{i:064x}") for i, name in enumerate(names)),
+        ingredients=tuple(map(Ingredient, names, hashes)),
         base_ingredient=None,
     )
 
@@ -344,6 +351,13 @@ def measure(size: Size, name: str, folder: Path) -> dict[str, float]:
     if name == "limits":
         return measure_limits(size, folder)
     case = next(c for c in cases_of(size) if c.name == name)
+    return measure_case(size, case, folder, LEARN[case.learner])
+
+
+def measure_case(
+    size: Size, case: Case, folder: Path, learn: Callable[[Session, Case], None]
+) -> dict[str, float]:
+    """Run `learn` here and now; what it records in numbers is measured, too."""
     zoo = open_ingredients(folder, size, case.ingredients or 1)
     read_all(zoo.checkpoints)
     model, select = build(size), random_images()
@@ -354,6 +368,7 @@ def measure(size: Size, name: str, folder: Path) -> dict[str, float]:
         norms=NormBuffers(model, "uniform", zoo, select),
         seed=0,
         eval_batch_size=BATCH,
+        memory_budget=4 << 30,
         progress=False,
         block_sizes={case.name: case.block},
         ingredients=IngredientScores((0.0,) * case.ingredients, 0.0),
@@ -361,7 +376,7 @@ def measure(size: Size, name: str, folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as work:
         session.begin(case.name, Path(work))
         start = time.perf_counter()
-        LEARN[case.learner](session, case)
+        learn(session, case)
         seconds = time.perf_counter() - start
     later = session.step_seconds[1:]  # the first one warms up
     return {
@@ -370,6 +385,7 @@ def measure(size: Size, name: str, folder: Path) -> dict[str, float]:
         "steps": len(session.step_seconds),
         "run_seconds": seconds,
         "peak_bytes": peak_bytes(),
+        **{name: value for name, value in session.record.items() if isinstance(value, int | float)},
     }
 
 

@@ -1,4 +1,4 @@
-"""Many models at once: train them side by side."""
+"""Many models at once: run them as one, train them side by side."""
 
 import lazy_loader
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from tqdm.auto import tqdm
+import numpy as np
 
 from soups.session import Session
 
@@ -35,24 +34,12 @@ class Midpoint:
 
 def probe_midpoints(session: Session) -> list[Midpoint]:
     """Accuracy of each ingredient and of `(w_k + mean)/2`, norm buffers by the run's rule."""
-    checkpoints = session.zoo.checkpoints
     probe = session.probe(PROBE_IMAGES)
-    groups = session.whole_model()
-    everyone = torch.full((len(checkpoints), 1), 1 / len(checkpoints)).double().numpy()
-    own = []
-    for checkpoint in checkpoints:
-        session.load_checkpoint(checkpoint)
-        own.append(session.accuracy(probe))
-    midpoints = []
-    with session.mixture(groups, capacity=1) as mixture:
-        mixture.start_at_mean(checkpoints)
-        for name, checkpoint, accuracy in tqdm(
-            list(zip(session.zoo.names, checkpoints, own, strict=True)),
-            desc="midpoints",
-            disable=not session.progress,
-        ):
-            mixture.load_block([checkpoint])
-            mixture.apply(torch.full((1, 1), 0.5, device=session.device))
-            session.norms.follow(groups, everyone, first_step=True)
-            midpoints.append(Midpoint(name, accuracy, session.accuracy(probe)))
-    return midpoints
+    count = len(session.zoo.checkpoints)
+    halfway = (np.eye(count) + 1 / count)[:, :, None] / 2
+    own = session.evaluate_ingredients(probe).accuracies
+    midpoints = session.evaluate(halfway, session.whole_model(), probe).accuracies
+    return [
+        Midpoint(*found)
+        for found in zip(session.zoo.names, own.tolist(), midpoints.tolist(), strict=True)
+    ]

@@ -21,6 +21,7 @@ from pydantic import (
 from fleet.recipes import Recipe
 from inputs.config import ByteSize, DataConfig, ModelConfig, Settings
 from soups.learners.registry import LearnerSettings
+from soups.reports.registry import ReportSettings
 
 RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 
@@ -172,7 +173,8 @@ class References(Settings):
 
 
 class LearnConfig(Settings):
-    """One run of `soups.learn`: every row under `learners` becomes a row of the leaderboard."""
+    """One run of `soups.learn`: every row under `learners` becomes a row of the leaderboard, and
+    every row under `reports` a table and a picture of its own."""
 
     name: RowName
     seed: NonNegativeInt = 0
@@ -187,8 +189,9 @@ class LearnConfig(Settings):
     zoo: ZooConfig
     learners: Annotated[dict[RowName, LearnerSettings], Field(min_length=1)]
     references: References = References()
+    reports: dict[RowName, ReportSettings] = {}
 
-    @field_validator("learners", mode="before")
+    @field_validator("learners", "reports", mode="before")
     @classmethod
     def _type_from_name(cls, rows: Any) -> Any:
         """A row without a `type` is of the type that it is called."""

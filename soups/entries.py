@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from inputs.data import ImageSet
 from merge.coefficients import Coefficients
-from soups.evaluate import predict
+from soups.candidates import Files, Models
 from soups.leaderboard import Metrics, Row, load_predictions, save_predictions, score
 from soups.record import fingerprint
 from soups.run import Run
+from soups.session import Session
 from soups.statistics import accuracy, correctness, fit_temperature
-from soups.zoo import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -28,61 +30,136 @@ Logits = Mapping[str, Float[Tensor, "rows classes"]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be evaluated: `inputs` is what its logits depend on, `spent` what it has cost."""
+    """A row to be evaluated: `inputs` is what its logits depend on, `spent` what it has cost.
+
+    Its logits are those of the model in the file `model` times `temperature`, or the mean of the
+    logits of the ingredients `team`.
+    """
 
     row: str
     kind: Literal["soup", "reference"]
     ingredients: tuple[str, ...]
     inputs: dict[str, Any]
     spent: Mapping[str, Any]
-    logits: Callable[[Sets], Logits]
+    model: Path | None = None
+    temperature: float = 1.0
+    team: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def soup_entry(this: Run, row: str, soup: Coefficients) -> Entry:
     learned = this.steps.result(f"learn/{row}")
     this.record.add(learners={row: learned}, cooked={row: this.steps.result(f"cook/{row}")})
-
-    def logits(sets: Sets) -> Logits:
-        load_weights(this.session.model, str(this.soup(row)))
-        return {
-            n: soup.temperature * z for n, z in predict_all(this, this.session.model, sets).items()
-        }
-
     used = np.any(soup.matrix != 0, axis=1)
-    names = tuple(i.name for i, member in zip(soup.ingredients, used, strict=True) if member)
-    return Entry(row, "soup", names, {"coefficients": soup.sha256}, learned, logits)
-
-
-def evaluate_entry(this: Run, entry: Entry, sets: Sets) -> tuple[Row, dict[str, np.ndarray]]:
-    """The row's metrics, and whether each example is right."""
-    steps = this.steps
-    inputs = fingerprint(
-        entry.inputs
-        | {name: images.digest() for name, images in sets.items()}
-        | {"run": this.inputs}
+    return Entry(
+        row=row,
+        kind="soup",
+        ingredients=tuple(
+            i.name for i, member in zip(soup.ingredients, used, strict=True) if member
+        ),
+        inputs={"coefficients": soup.sha256},
+        spent=learned,
+        model=this.soup(row),
+        temperature=soup.temperature,
     )
+
+
+def evaluate_entries(
+    this: Run, entries: Sequence[Entry], sets: Sets
+) -> list[tuple[Row, dict[str, np.ndarray]]]:
+    """The rows' metrics, and whether each example is right; what is finished is not run again.
+
+    All models that are to be run go over the images together, from the weights in their files; so
+    do the ingredients of the ensembles. Each row is on record once its chunk is through.
+    """
+    images = {name: images.digest() for name, images in sets.items()}
+    inputs = {
+        entry.row: fingerprint(entry.inputs | images | {"run": this.inputs}) for entry in entries
+    }
+    todo = [e for e in entries if not this.steps.is_done(f"evaluate/{e.row}", inputs[e.row])]
+    for entry, logits in _all_logits(this, todo, sets):
+        _finish(this, entry, inputs[entry.row], logits, sets)
+    return [_row(this, entry) for entry in entries]
+
+
+def _all_logits(this: Run, entries: Sequence[Entry], sets: Sets) -> Iterator[tuple[Entry, Logits]]:
+    """Every entry with its logits on every set, as soon as they are there."""
+    if entries:
+        log.info("evaluating %s", ", ".join(entry.row for entry in entries))
+    whole = [entry for entry in entries if entry.model is not None]
+    if whole:
+        files = Files(
+            this.session.model, [e.model for e in whole if e.model], this.session.zoo.tied
+        )
+        for members, logits in _logits_in_chunks(this.session, files, sets):
+            for m, own in zip(members, logits, strict=True):
+                entry = whole[m]
+                yield entry, {name: entry.temperature * z for name, z in own.items()}
+    teams = {entry.row: entry.team for entry in entries if entry.team}
+    if teams:
+        means = _ensemble_logits(this.session, teams, sets)
+        yield from ((entry, means[entry.row]) for entry in entries if entry.team)
+
+
+def _logits_in_chunks(
+    session: Session, models: Models, sets: Sets
+) -> Iterator[tuple[Sequence[int], Sequence[Logits]]]:
+    """Chunks of models, and of each of them its logits on every set."""
+    classes = len(session.select.classes)
+    kept = 4 * classes * sum(map(len, sets.values()))
+    for chunk in session.chunks(models, [*sets.values()], kept=kept):
+        logits = [
+            {name: torch.empty(len(images), classes) for name, images in sets.items()}
+            for _ in chunk.members
+        ]
+        for name, images in sets.items():
+            for rows, found in chunk.logits(images):
+                for own, of_model in zip(logits, found, strict=True):
+                    own[name][rows] = of_model.cpu()
+        yield chunk.members, logits
+
+
+def _ensemble_logits(
+    session: Session, teams: Mapping[str, Sequence[int]], sets: Sets
+) -> dict[str, dict[str, Tensor]]:
+    """Team → set → mean logits of its members: each ingredient is run once for all teams."""
+    classes = len(session.select.classes)
+    sums = {
+        team: {name: torch.zeros(len(images), classes) for name, images in sets.items()}
+        for team in teams
+    }
+    wanted = sorted({k for members in teams.values() for k in members})
+    for chunk in session.chunks(session.ingredient_models(wanted), [*sets.values()]):
+        for name, images in sets.items():
+            for rows, found in chunk.logits(images):
+                for m, logits in zip(chunk.members, found.cpu(), strict=True):
+                    for team, members in teams.items():
+                        if wanted[m] in members:
+                            sums[team][name][rows] += logits / len(members)
+    return sums
+
+
+def _finish(this: Run, entry: Entry, inputs: str, logits: Logits, sets: Sets) -> None:
     name = f"evaluate/{entry.row}"
     path = this.folder / "work" / name / "predictions.npz"
-    if not steps.is_done(name, inputs):
-        log.info("evaluating %s", entry.row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        logits = entry.logits(sets)
-        labels = {name: images.labels.numpy() for name, images in sets.items()}
-        arrays = {name: values.numpy() for name, values in logits.items()}
-        temperature = fit_temperature(arrays["select"], labels["select"])
-        right = {name: correctness(arrays[name], labels[name]) for name in sets}
-        result = {
-            "temperature_on_select": temperature,
-            "select": vars(score(arrays["select"], labels["select"], temperature=temperature)),
-            "report": vars(score(arrays["report"], labels["report"], temperature=temperature)),
-            "extra": {
-                name: accuracy(right[name]) for name in sets if name not in ("select", "report")
-            },
-        }
-        save_predictions(path, {entry.row: right})
-        steps.finish(name, inputs, [path], result)
-    result = steps.result(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = {name: images.labels.numpy() for name, images in sets.items()}
+    arrays = {name: values.numpy() for name, values in logits.items()}
+    temperature = fit_temperature(arrays["select"], labels["select"])
+    right = {name: correctness(arrays[name], labels[name]) for name in sets}
+    result = {
+        "temperature_on_select": temperature,
+        "select": vars(score(arrays["select"], labels["select"], temperature=temperature)),
+        "report": vars(score(arrays["report"], labels["report"], temperature=temperature)),
+        "extra": {name: accuracy(right[name]) for name in sets if name not in ("select", "report")},
+    }
+    save_predictions(path, {entry.row: right})
+    this.steps.finish(name, inputs, [path], result)
+
+
+def _row(this: Run, entry: Entry) -> tuple[Row, dict[str, np.ndarray]]:
+    name = f"evaluate/{entry.row}"
+    result = this.steps.result(name)
     row = Row(
         learner=entry.row,
         kind=entry.kind,
@@ -97,12 +174,5 @@ def evaluate_entry(this: Run, entry: Entry, sets: Sets) -> tuple[Row, dict[str, 
         backward_passes=entry.spent["backward_passes"],
         notes=entry.notes,
     )
+    path = this.folder / "work" / name / "predictions.npz"
     return row, load_predictions(path)[entry.row]
-
-
-def predict_all(
-    this: Run, model: nn.Module, sets: Sets
-) -> dict[str, Float[Tensor, "rows classes"]]:
-    """The model's logits on every set."""
-    batch_size = this.config.eval_batch_size
-    return {name: predict(model, images, batch_size=batch_size) for name, images in sets.items()}

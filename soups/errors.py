@@ -2,6 +2,7 @@
 
 from fleet.errors import FleetError
 from inputs.errors import InputError
+from kernels.errors import KernelError
 from merge.errors import MergeError
 
 
@@ -12,4 +13,4 @@ class SoupError(ValueError):
     """
 
 
-MISTAKES = (InputError, MergeError, FleetError, SoupError)
+MISTAKES = (InputError, MergeError, FleetError, KernelError, SoupError)

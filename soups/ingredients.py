@@ -95,7 +95,7 @@ def open_zoo(
         progress=progress,
     )
     preflight.raise_if_broken()
-    names = _names(paths)
+    names = ingredient_names(paths)
     base_scan = preflight.base_scan
     return Zoo(
         names=names,
@@ -158,7 +158,7 @@ def _same(entry: Path, base: str | None) -> bool:
     return base is not None and Path(base).exists() and entry.samefile(base)
 
 
-def _names(paths: list[str]) -> tuple[str, ...]:
+def ingredient_names(paths: list[str]) -> tuple[str, ...]:
     """The files' stems; whole paths where two share one; a number behind a path given again."""
     stems = [Path(p).stem if Path(p).suffix in SUFFIXES else Path(p).name for p in paths]
     count, seen = Counter(stems), Counter[str]()

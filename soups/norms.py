@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
 
 from inputs.data import ImageSet
 from inputs.models import check_norm_buffers, norm_buffer_names
 from merge.align import recalibrate_norms
 from soups.errors import SoupError
 from soups.ingredients import Zoo
+from soups.recalibration import recalibrate_group
 
 Rule = Literal["uniform", "convex", "recalibrate"]
 Groups = dict[str, tuple[str, ...]]
@@ -41,11 +44,14 @@ class NormBuffers:
         self.names = tuple(name for name, _ in model.named_buffers() if name in mixed)
         self._model = model
         self._fit = fit
-        self._order = list(model.state_dict())
+        self._buffers = dict(model.named_buffers())
+        self.order = list(model.state_dict())
         self._values = {
             name: torch.stack([k.read(name).double() for k in zoo.checkpoints])
             for name in self.names
         }
+        first = zoo.checkpoints[0]
+        self._stored = {name: first.tensors[name].dtype for name in self.names}
         self._base = {n: zoo.base.read(n).double() for n in self.names} if zoo.base else {}
         self._check_variances(zoo)
 
@@ -65,6 +71,55 @@ class NormBuffers:
         of_base = np.clip(1.0 - own.sum(axis=0), 0.0, None)
         named = {f"norm buffers of {group}": tuple(names) for group, names in followed.items()}
         return named, clipped / (clipped.sum(axis=0) + of_base)
+
+    def mix(
+        self, names: Sequence[str], columns: Float64[np.ndarray, "models sources"]
+    ) -> dict[str, Float[Tensor, "models ..."]]:
+        """Buffers in each model; the sources are the ingredients, then the base where known."""
+        shapes = [self._values[name].shape[1:] for name in names]
+        weights = torch.from_numpy(columns)
+        values = torch.cat([self._values[name].flatten(1) for name in names], dim=1)
+        mixed = weights[:, : len(values)] @ values
+        if self._base:
+            base = torch.cat([self._base[name].flatten() for name in names])
+            mixed += torch.outer(weights[:, -1], base)
+        found = {}
+        parts = mixed.split([shape.numel() for shape in shapes], dim=1)
+        for name, part, shape in zip(names, parts, shapes, strict=True):
+            buffer = self._buffers[name]
+            rounded = part.to(self._stored[name]).to(buffer.device, buffer.dtype)
+            found[name] = rounded.view(-1, *shape)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """What the buffers of one model take."""
+        return sum(self._buffers[name].nbytes for name in self.names)
+
+    def recalibrated(
+        self, stacked: Mapping[str, Tensor], shared: Mapping[str, Tensor], *, together: int
+    ) -> dict[str, Float[Tensor, "models ..."]]:
+        """The running statistics of many models, as `recalibrate` estimates those of one.
+
+        `stacked` and `shared` are the models' tensors, as a Group takes them; `together` of them
+        run at once.
+        """
+        models = len(next(iter(stacked.values())))
+        device = next(iter(stacked.values())).device
+        parts = []
+        for start in range(0, models, together):
+            own = {name: tensor[start : start + together] for name, tensor in stacked.items()}
+            batches = (i.to(device) for i, _ in self._calibration().batches(RECALIBRATION_BATCH))
+            parts.append(recalibrate_group(self._model, own, shared, batches))
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for name, tensor in joined.items():
+            if not bool(tensor.isfinite().all()) or ("running_var" in name and tensor.min() <= 0):
+                raise SoupError(
+                    f"{name!r}: the estimated running statistics of a candidate are not finite, or "
+                    "a variance is not positive; look for NaN or infinity in the weights, or mix "
+                    "norm buffers with norm_buffers: uniform"
+                )
+        return joined
 
     @torch.no_grad()
     def follow(self, groups: Groups, matrix: np.ndarray, *, first_step: bool) -> None:
@@ -90,9 +145,11 @@ class NormBuffers:
         """Estimate the running statistics on the first images of *fit*, if that is the rule."""
         if self.rule != "recalibrate" or not self.names:
             return
-        images = self._fit.subset(torch.arange(min(len(self._fit), RECALIBRATION_IMAGES)))
-        recalibrate_norms(self._model, images.batches(RECALIBRATION_BATCH))
+        recalibrate_norms(self._model, self._calibration().batches(RECALIBRATION_BATCH))
         check_norm_buffers(self._model)
+
+    def _calibration(self) -> ImageSet:
+        return self._fit.subset(torch.arange(min(len(self._fit), RECALIBRATION_IMAGES)))
 
     def _check_variances(self, zoo: Zoo) -> None:
         """SoupError that names every file with a running variance that is not positive."""
@@ -121,8 +178,8 @@ class NormBuffers:
         own = [group for name, group in of_tensor.items() if name.rpartition(".")[0] == module]
         if own:
             return own[0]
-        place = self._order.index(buffer)
-        nearest = [*reversed(self._order[:place]), *self._order[place:]]
+        place = self.order.index(buffer)
+        nearest = [*reversed(self.order[:place]), *self.order[place:]]
         return next(of_tensor[name] for name in nearest if name in of_tensor)
 
 

@@ -15,7 +15,7 @@ from inputs.models import build_model
 from merge.coefficients import Coefficients
 from soups.barrier import probe_midpoints
 from soups.config import LearnConfig
-from soups.entries import evaluate_entry, soup_entry
+from soups.entries import evaluate_entries, soup_entry
 from soups.errors import SoupError
 from soups.ingredients import find_ingredients, open_zoo
 from soups.kitchen import cook_soup
@@ -33,6 +33,8 @@ from soups.plan import Costs, RowPlan, check_budget, measure_activations, plan_l
 from soups.plots import plot_coefficients, plot_leaderboard
 from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
 from soups.references import references
+from soups.reports.making import make_reports
+from soups.reports.points import report_problems
 from soups.run import Run
 from soups.session import Session
 from soups.statistics import accuracy, correctness
@@ -60,9 +62,14 @@ def run(
         soups = {
             row: _soup(this, row, settings, plans[row]) for row, settings in config.learners.items()
         }
+        make_reports(this, soups)
         rows = _leaderboard(this, soups)
     say(terminal_table(rows))
-    say(f"\n{folder}: leaderboard.md, leaderboard.csv, run.json, coefficients/, soups/, pictures/")
+    reports = ", reports/" if config.reports else ""
+    say(
+        f"\n{folder}: leaderboard.md, leaderboard.csv, run.json, coefficients/, soups/, "
+        f"pictures/{reports}"
+    )
     return rows
 
 
@@ -107,6 +114,7 @@ def open_run(
         norms=norms,
         seed=config.seed,
         eval_batch_size=config.eval_batch_size,
+        memory_budget=config.memory_budget,
         train_mode=config.train_mode,
         progress=progress,
     )
@@ -153,6 +161,7 @@ def _check_learners(config: LearnConfig, data: LearningData) -> None:
         for row, settings in config.learners.items()
         if isinstance(settings, WiseFT) and not known
     ]
+    problems += report_problems(config, base_known=known)
     if problems:
         raise SoupError("\n".join(problems))
 
@@ -169,7 +178,9 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
     inputs = fingerprint(this.inputs | {"budget": budget, "batch": this.largest_batch})
     if not steps.is_done("measure", inputs):
         midpoints = [vars(m) | {"warning": m.warning} for m in probe_midpoints(session)]
+        session.release()
         images, labels = next(iter(session.select.batches(this.largest_batch)))
+        image = session.passes.image_bytes(session.select)
         in_use = memory_in_use(session.device)
         with Meter(session.device) as meter:
             session.accuracy(session.probe(session.eval_batch_size))
@@ -181,7 +192,11 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
                 session.model, images.to(session.device), labels.to(session.device)
             ),
             in_use=in_use,
-            evaluation=max(0, meter.peak_bytes - in_use),
+            evaluation=max(meter.peak_bytes - in_use, image * session.eval_batch_size),
+            image=image,
+            batch_size=session.eval_batch_size,
+            sources=len(session.deltas.sources),
+            device=session.device.type,
             budget=budget,
         )
         steps.finish("measure", inputs, [], {"midpoints": midpoints, "costs": vars(costs)})
@@ -196,6 +211,7 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
         warnings=warnings,
     )
     session.block_sizes = {row: p.block_size for row, p in plans.items() if p.block_size}
+    session.in_use = measured["costs"]["in_use"]
     say(plan_table(plans).to_markdown(index=False))
     return plans
 
@@ -216,6 +232,7 @@ def _soup(this: Run, row: str, settings: LearnerSettings, plan: RowPlan) -> Coef
         session.begin(row, steps.scratch(f"learn/{row}", inputs))
         with Meter(session.device) as meter:
             coefficients = LEARNERS[settings.type].function()(session, settings)
+        session.release()
         spent = session.spent(meter)
         session.load(coefficients)
         selected = session.logits()
@@ -250,11 +267,10 @@ def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
     entries += references(this, soups)
     # Learning is over: from here on, and only here, *report* is read.
     report = load_report_data(config.data, memory_budget=config.memory_budget)
-    rows, predictions = [], {}
-    for entry in entries:
-        row, right = evaluate_entry(this, entry, {"select": this.data.select, **report})
-        rows.append(row)
-        predictions[entry.row] = right
+    this.session.in_use = None  # the report images are in memory, too
+    evaluated = evaluate_entries(this, entries, {"select": this.data.select, **report})
+    rows = [row for row, _ in evaluated]
+    predictions = {row.learner: right for row, right in evaluated}
     singles = [r for r, s in config.learners.items() if s.type == "best_single"]
     rows = with_intervals(rows, predictions, baseline=next(iter(singles), None), seed=config.seed)
     save_predictions(folder / "predictions.npz", predictions)

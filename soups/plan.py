@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -11,9 +12,22 @@ from torch import Tensor, nn
 
 from inputs.budget import format_bytes
 from inputs.config import Settings
+from soups.deltas import row_bytes
 from soups.errors import SoupError
+from soups.evaluate import Need, fit, images_at_once
 from soups.learners.descent import soup_loss
-from soups.learners.registry import BestSingle, Greedy, LearnedSettings, MehlSettings, WiseFT
+from soups.learners.registry import (
+    CmaEs,
+    Greedy,
+    GreedyFull,
+    LearnedSettings,
+    MehlSettings,
+    RandomSearch,
+    Search,
+    Uniform,
+    WiseFT,
+    ZerothOrder,
+)
 
 FP32_BYTES = 4
 
@@ -24,7 +38,9 @@ class Costs:
 
     `in_use`: memory before a learner starts, the model and the images included; `activations`:
     what one training step saves for its backward pass, with its largest gradient; `evaluation`:
-    what a batch of evaluation takes.
+    what a batch of evaluation takes; `image`: the activations of one model on one image, when
+    `batch_size` of them at most are evaluated at a time on `device`. `sources` are the ingredients
+    and the base where it is known.
     """
 
     ingredients: int
@@ -34,6 +50,10 @@ class Costs:
     activations: int
     budget: int
     evaluation: int = 0
+    image: int = 0
+    batch_size: int = 512
+    device: str = "cpu"
+    sources: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,7 @@ class RowPlan:
     read_bytes: int
     forward_passes: int
     backward_passes: int
+    precision: str | None = None
 
 
 def check_budget(model: nn.Module, *, in_use: int, budget: int) -> None:
@@ -90,6 +111,7 @@ def plan_table(plans: Mapping[str, RowPlan]) -> pd.DataFrame:
             {
                 "learner": row,
                 "block size": plan.block_size or "",
+                "precision": plan.precision or "",
                 "blocks": plan.blocks or "",
                 "predicted peak": format_bytes(plan.peak_bytes),
                 "to read": format_bytes(plan.read_bytes),
@@ -126,41 +148,108 @@ def measure_activations(model: nn.Module, images: Tensor, labels: Tensor) -> int
 def _plan_row(settings: Settings, costs: Costs) -> RowPlan:
     if isinstance(settings, MehlSettings):
         return _plan_mehl(settings, costs)
-    count = costs.ingredients
-    forward = backward = reads = copies = 0
     if isinstance(settings, LearnedSettings):
-        forward = backward = settings.epochs
-        reads, copies = count, count
-    if isinstance(settings, BestSingle):
-        forward = reads = count
-    if isinstance(settings, Greedy) or (isinstance(settings, WiseFT) and settings.soup == "greedy"):
-        forward, reads, copies = 2 * count - 1, 2 * count, 2
-    if isinstance(settings, WiseFT):
-        forward, reads, copies = forward + len(settings.alphas), reads + count + 1, 2
+        return _plan_learned(settings, costs)
+    candidates, at_once, reads = _effort(settings, costs.ingredients)
+    # The ingredients are scored before, once for all learners that ask.
+    scored = 0 if isinstance(settings, Uniform) else costs.ingredients
+    held = _held(costs)
     return RowPlan(
         block_size=None,
         blocks=None,
         peak_bytes=costs.in_use
-        + max(costs.activations if backward else 0, costs.evaluation)
-        + copies * costs.weights * FP32_BYTES,
-        read_bytes=reads * costs.ingredient_bytes,
-        forward_passes=forward,
-        backward_passes=backward,
+        + max(costs.evaluation, _evaluation_bytes(at_once, costs) if at_once else 0),
+        read_bytes=(scored + (costs.sources if held and candidates else reads))
+        * costs.ingredient_bytes,
+        forward_passes=scored + candidates,
+        backward_passes=0,
     )
 
 
+def _plan_learned(settings: LearnedSettings, costs: Costs) -> RowPlan:
+    copies = costs.ingredients * costs.weights * FP32_BYTES
+    return RowPlan(
+        block_size=None,
+        blocks=None,
+        peak_bytes=costs.in_use + max(costs.activations, costs.evaluation) + copies,
+        read_bytes=costs.ingredients * costs.ingredient_bytes,
+        forward_passes=settings.epochs,
+        backward_passes=settings.epochs,
+    )
+
+
+def _evaluation_bytes(candidates: int, costs: Costs) -> int:
+    """What evaluating that many candidates in one call takes, as a session does it."""
+    held = _held(costs)
+    weights = costs.weights * FP32_BYTES
+    # The soup that candidates are mixed from, where the ingredients do not fit.
+    kept = held or weights
+    need = Need(0, weights, costs.image)
+    free = costs.budget - costs.in_use - kept
+    if need(1, 1) > free:
+        return kept + need(1, 1)
+    best = partial(
+        images_at_once, image=costs.image, batch_size=costs.batch_size, device=costs.device
+    )
+    return kept + need(*fit(need, free, candidates, best))
+
+
+def _held(costs: Costs) -> int:
+    """The bytes of all sources, where they are held in memory; else 0."""
+    sources = max(costs.sources, costs.ingredients) * costs.weights * FP32_BYTES
+    return sources if 2 * sources <= costs.budget - costs.in_use else 0
+
+
+def _effort(settings: Settings, ingredients: int) -> tuple[int, int, int]:
+    """Candidates at most; the most in one call; and sources read, where they are not held."""
+    greedy = ingredients - 1 + (ingredients - 1) // 2
+    if isinstance(settings, Greedy):
+        return greedy, 1 + (ingredients - 1) // 2, 2 * greedy
+    if isinstance(settings, WiseFT):
+        alphas = len(settings.alphas)
+        candidates, at_once, reads = (
+            _effort(Greedy(), ingredients) if settings.soup == "greedy" else (0, 0, 0)
+        )
+        return candidates + alphas, max(at_once, alphas), reads + ingredients + 1
+    if isinstance(settings, Search | GreedyFull):
+        return _search_effort(settings, ingredients)
+    return 0, 0, 0
+
+
+def _search_effort(settings: Search | GreedyFull, ingredients: int) -> tuple[int, int, int]:
+    """As `_effort`, for learners of many passes; a guess where the scores decide."""
+    if isinstance(settings, GreedyFull):
+        # Two walks for each fold and one for all, of three moves and those that found nothing more.
+        around = (settings.folds + 1) * ingredients
+        moves = 2 * (3 + settings.patience)
+        return around * (moves + 1), around, (ingredients + moves) * ingredients
+    if isinstance(settings, ZerothOrder):
+        at_once, passes = 2 * settings.directions, settings.steps
+    else:
+        assert isinstance(settings, RandomSearch | CmaEs)
+        at_once, passes = settings.population, -(-settings.evaluations // settings.population)
+    first, reads = 0, 0
+    if settings.start == "greedy":
+        first, _, reads = _effort(Greedy(), ingredients)
+    return first + passes * at_once + 3, at_once, reads + (passes + 1) * ingredients
+
+
 def _plan_mehl(settings: MehlSettings, costs: Costs) -> RowPlan:
-    copy = costs.weights * FP32_BYTES
-    fixed = costs.in_use + max(costs.activations, costs.evaluation) + copy
-    fits = max(1, min(costs.ingredients, (costs.budget - fixed) // copy))
+    row = row_bytes(costs.weights, settings.precision)
+    fixed = costs.in_use + max(costs.activations, costs.evaluation) + costs.weights * FP32_BYTES
+    fits = max(1, min(costs.ingredients, (costs.budget - fixed) // row))
     size = min(settings.block_size or fits, costs.ingredients)
     blocks = settings.outer_epochs * -(-costs.ingredients // size)
     init = costs.ingredients if settings.init == "mean_all" else size
+    # Compressed rows are folded from the originals, which are read again, and evaluated once more.
+    exact = settings.precision == "fp32"
+    reads = init + settings.outer_epochs * costs.ingredients * (1 if exact else 2)
     return RowPlan(
         block_size=size,
         blocks=blocks,
-        peak_bytes=fixed + size * copy,
-        read_bytes=(init + settings.outer_epochs * costs.ingredients) * costs.ingredient_bytes,
-        forward_passes=blocks * settings.inner_epochs,
+        peak_bytes=fixed + size * row,
+        read_bytes=reads * costs.ingredient_bytes,
+        forward_passes=blocks * settings.inner_epochs + (0 if exact else 2),
         backward_passes=blocks * settings.inner_epochs,
+        precision=settings.precision,
     )

@@ -52,7 +52,7 @@ def plot_coefficients(coefficients: Coefficients, path: str | Path) -> Figure:
         figure = _bars(matrix[:, 0], names, uniform, title)
     else:
         figure = _heat_map(matrix, names, groups, uniform, f"{title} × {len(groups)} groups")
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -62,7 +62,7 @@ def plot_leaderboard(rows: Sequence[Row], path: str | Path) -> Figure:
     Soups are above, references below, each in the table's order.
     """
     rows = ranked(rows)
-    figure = _figure(7.5, 1.5 + 0.3 * len(rows))
+    figure = new_figure(7.5, 1.5 + 0.3 * len(rows))
     axes = figure.add_subplot()
     positions = np.arange(len(rows), dtype=float)
     soups = sum(row.kind == "soup" for row in rows)
@@ -108,17 +108,17 @@ def plot_leaderboard(rows: Sequence[Row], path: str | Path) -> Figure:
     axes.grid(axis="x", color="#E6E6E6", lw=0.7)
     axes.set_axisbelow(True)
     axes.set_xlabel("accuracy, %")
-    _clean(axes)
+    clean_axes(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
 def _bars(values: np.ndarray, names: list[str], uniform: float, title: str) -> Figure:
-    figure = _figure(6.5, max(2.0, 1.0 + _row_height(len(names)) * len(names)))
+    figure = new_figure(6.5, max(2.0, 1.0 + row_height(len(names)) * len(names)))
     axes = figure.add_subplot()
     _draw_bars(axes, values, uniform)
-    _name_rows(axes, names)
+    name_rows(axes, names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(f"coefficient (dashed: 1/K = {uniform:.3g})")
     axes.set_title(title, loc="left", fontsize=10)
@@ -145,8 +145,8 @@ def _heat_map(
 
     rows, columns = matrix.shape
     map_width = min(max(0.2 * columns, 3.5), 13.0)
-    height = max(3.6, _row_height(rows) * rows + 2.2)
-    figure = _figure(map_width + 3.6, height)
+    height = max(3.6, row_height(rows) * rows + 2.2)
+    figure = new_figure(map_width + 3.6, height)
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[map_width, 1.3])
     # White is 1/K. A few large values would bleach all others, so that the strongest 2% may
     # saturate; the arrows of the colour bar then say so.
@@ -160,13 +160,13 @@ def _heat_map(
         interpolation="nearest",
     )
     shared = _shared_prefix(groups)
-    labels = [_elided(name.removeprefix(shared)) for name in groups]
+    labels = [elided(name.removeprefix(shared)) for name in groups]
     step = math.ceil(columns * 0.135 / map_width)
     ticks = range(0, columns, step)
     heat.set_xticks(
         ticks, [labels[g] for g in ticks], rotation=90, fontsize=7 if step == 1 else 6.5
     )
-    _name_rows(heat, names)
+    name_rows(heat, names)
     heat.set_title(title, loc="left", fontsize=10)
     remarks = [f"all in {shared[:-1]}"] if shared else []
     remarks += [f"one group in {step} is named"] if step > 1 else []
@@ -197,18 +197,19 @@ def _draw_bars(axes: Axes, values: np.ndarray, uniform: float) -> None:
     axes.axvline(uniform, color=INK, lw=0.8, ls="--")
     axes.axvline(0, color=INK, lw=0.6)
     axes.tick_params(axis="x", labelsize=7)
-    _clean(axes)
+    clean_axes(axes)
 
 
-def _name_rows(axes: Axes, names: list[str]) -> None:
+def name_rows(axes: Axes, names: list[str]) -> None:
+    """Put the names at 0, 1, … of the y axis; every second, third, … where there are very many."""
     step = math.ceil(len(names) / 90)
     ticks = range(0, len(names), step)
     axes.set_yticks(
-        ticks, [_elided(names[k]) for k in ticks], fontsize=6.5 if len(names) > 40 else 8
+        ticks, [elided(names[k]) for k in ticks], fontsize=6.5 if len(names) > 40 else 8
     )
 
 
-def _row_height(rows: int) -> float:
+def row_height(rows: int) -> float:
     """Inches for one ingredient: as many as 90 names fit below each other."""
     return 0.23 if rows <= 30 else max(0.13, min(0.23, 11 / rows)) if rows <= 90 else 11.7 / rows
 
@@ -223,29 +224,31 @@ def _shared_prefix(groups: list[str]) -> str:
     return shared
 
 
-def _elided(name: str) -> str:
+def elided(name: str) -> str:
+    """The name, without something in its middle where it is long."""
     if len(name) <= LONGEST_NAME:
         return name
     kept = LONGEST_NAME - 1
     return f"{name[: kept - 2 * kept // 3]}…{name[-(2 * kept // 3) :]}"
 
 
-def _clean(axes: Axes) -> None:
+def clean_axes(axes: Axes) -> None:
+    """Two spines, and quiet ones."""
     axes.spines[["top", "right"]].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GREY)
     axes.tick_params(color=GREY)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of these inches that makes room for its labels."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _save(figure: Any, path: str | Path) -> None:
-    """The same figure gives the same bytes: no time and no version is written into the file."""
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a PNG file; the same figure gives the same bytes: no time and no version is in it."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     write_whole(path, file.getvalue())

@@ -8,21 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from fleet.recipes import Recipe
 from fleet.train import TrainResult, train
 from inputs.data import ImageSet
 from merge.coefficients import Coefficients
-from soups.entries import Entry, Logits, Sets, predict_all
-from soups.evaluate import predict
+from soups.entries import Entry
 from soups.learners.registry import LEARNERS
 from soups.learners.selection import best_single, uniform
 from soups.meter import Meter
 from soups.record import fingerprint
 from soups.run import Run
 from soups.session import Session
-from soups.zoo import load_weights, save_weights
+from soups.zoo import save_weights
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +40,6 @@ def _ensembles(this: Run, soups: Mapping[str, Coefficients]) -> list[Entry]:
     greedy = [row for row, s in this.config.learners.items() if s.type == "greedy"]
     for row in greedy[:1]:
         teams[f"ensemble_{row}"] = tuple(np.flatnonzero(soups[row].matrix.any(axis=1)).tolist())
-    computed: dict[str, Logits] = {}
-
-    def logits_of(team: str) -> Callable[[Sets], Logits]:
-        def logits(sets: Sets) -> Logits:
-            if not computed:  # both teams at once: each ingredient is read and run once
-                computed.update(_ensemble_logits(this.session, teams, sets))
-            return computed[team]
-
-        return logits
-
     nothing = {"seconds": 0.0, "peak_bytes": 0, "forward_passes": 0.0, "backward_passes": 0.0}
     return [
         Entry(
@@ -59,7 +48,7 @@ def _ensembles(this: Run, soups: Mapping[str, Coefficients]) -> list[Entry]:
             ingredients=tuple(names[k] for k in members),
             inputs={"team": members},
             spent=nothing,
-            logits=logits_of(team),
+            team=members,
             notes=(f"mean logits; every prediction runs {len(members)} models",),
         )
         for team, members in teams.items()
@@ -112,40 +101,18 @@ def _finetuned_entry(this: Run, start: str, learner: Callable, longest: int) -> 
         )
     result = this.steps.result(f"learn/{row}")
 
-    def logits(sets: Sets) -> Logits:
-        load_weights(session.model, str(path))
-        return predict_all(this, session.model, sets)
-
     return Entry(
         row=row,
         kind="reference",
         ingredients=tuple(result["names"]),
         inputs={"finetuned": inputs},
         spent=result,
-        logits=logits,
+        model=path,
         notes=(
             f"{steps} steps on select at lr {result['lr']:g}, the best on tune of "
             f"{', '.join(f'{lr:g}' for lr in config.references.lrs)}",
         ),
     )
-
-
-def _ensemble_logits(
-    session: Session, teams: Mapping[str, Sequence[int]], sets: Sets
-) -> dict[str, dict[str, Tensor]]:
-    """Team → set → mean logits of its members: each ingredient is loaded once for all."""
-    sums: dict[str, dict[str, Tensor]] = {team: {} for team in teams}
-    for k, checkpoint in enumerate(session.zoo.checkpoints):
-        teams_of_k = [team for team, members in teams.items() if k in members]
-        if not teams_of_k:
-            continue
-        session.load_checkpoint(checkpoint)
-        for name, images in sets.items():
-            logits = predict(session.model, images, batch_size=session.eval_batch_size)
-            for team in teams_of_k:
-                share = logits / len(teams[team])
-                sums[team][name] = sums[team][name] + share if name in sums[team] else share
-    return sums
 
 
 @dataclass(frozen=True)

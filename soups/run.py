@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from inputs.data import LearningData
 from inputs.models import describe_model
 from soups.config import LearnConfig
@@ -60,13 +58,9 @@ class Run:
             return
         inputs = fingerprint(self.inputs)
         if not steps.is_done("ingredients", inputs):
-            accuracies = []
             with Meter(session.device) as meter:
-                for checkpoint in tqdm(
-                    session.zoo.checkpoints, desc="ingredients", disable=not session.progress
-                ):
-                    session.load_checkpoint(checkpoint)
-                    accuracies.append(session.accuracy())
+                accuracies = session.evaluate_ingredients().accuracies.tolist()
+            session.release()
             steps.finish(
                 "ingredients", inputs, [], {"accuracies": accuracies, "seconds": meter.seconds}
             )

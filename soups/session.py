@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from inputs.config import Settings
@@ -18,12 +18,15 @@ from inputs.data import ImageSet
 from merge.checkpoints import Checkpoint
 from merge.coefficients import Coefficients
 from merge.mixing import combine
+from soups.candidates import Candidates, Models, with_rest
 from soups.deltas import Mixture
-from soups.evaluate import device_of, predict
+from soups.evaluate import Chunk, Passes, Scores, device_of, evaluate, predict
 from soups.groups import group_tensors
 from soups.ingredients import Zoo
-from soups.meter import Meter
+from soups.learners.registry import Precision
+from soups.meter import Meter, memory_in_use
 from soups.norms import Groups, NormBuffers
+from soups.sources import Deltas
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Session:
     """The state that learners share; one learner at a time uses the one model.
 
     `row` is the learner's name in the table: its random streams and its folder are named by it.
-    `record` collects what the learner has to say about its run.
+    `record` collects what the learner has to say about its run. `in_use` is the memory that the
+    plan has found taken before any learner; while it is not known, what is taken now counts.
     """
 
     model: nn.Module
@@ -48,6 +52,8 @@ class Session:
     norms: NormBuffers
     seed: int
     eval_batch_size: int
+    memory_budget: int
+    in_use: int | None = None
     train_mode: bool = False
     progress: bool = True
     block_sizes: dict[str, int] = field(default_factory=dict)
@@ -63,6 +69,7 @@ class Session:
     def begin(self, row: str, folder: Path) -> None:
         """Start one row of the table; in `folder` it keeps what it needs to go on when killed."""
         self.row, self.folder, self.record = row, folder, {}
+        self.release()
         self.examples_forward = self.examples_backward = 0
         self.steps, self.shared_seconds = 0, 0.0
 
@@ -90,10 +97,11 @@ class Session:
         """The groups that these settings ask for; the whole model where they do not say."""
         return group_tensors(self.numels, getattr(settings, "groups", "model"))
 
-    def mixture(self, groups: Groups, capacity: int) -> Mixture:
+    def mixture(self, groups: Groups, capacity: int, precision: Precision = "fp32") -> Mixture:
         """A fresh mixture over the session's model; what is not mixed is put in place."""
         self._load_carried()
-        return Mixture(self.model, groups, capacity, self.zoo.stored)
+        self.release()
+        return Mixture(self.model, groups, capacity, self.zoo.stored, precision)
 
     def coefficients(
         self,
@@ -119,6 +127,68 @@ class Session:
             method=self.row,
             settings=settings.model_dump(mode="json"),
         )
+
+    def evaluate(
+        self,
+        candidates: Float64[np.ndarray, "candidates ingredients groups"],
+        groups: Groups,
+        images: ImageSet | None = None,
+    ) -> Scores:
+        """The scores of many candidate soups on *select*, or on some of it.
+
+        Each is a matrix over the ingredients, as `coefficients` takes it, with a column for each
+        of `groups`; where a column does not sum to one, the base takes the rest.
+        """
+        images = images or self.select
+        return self._score(Candidates(candidates, groups, self.deltas, self.norms), images)
+
+    def evaluate_ingredients(self, images: ImageSet | None = None) -> Scores:
+        """The scores of the ingredients themselves, with their own norm buffers."""
+        return self._score(self.ingredient_models(), images or self.select)
+
+    def ingredient_models(self, chosen: Sequence[int] | None = None) -> Candidates:
+        """The ingredients, or some of them, as candidates: each has all of its own weight."""
+        alone = np.eye(len(self.zoo.checkpoints))[:, :, None]
+        alone = alone if chosen is None else alone[list(chosen)]
+        groups = self.whole_model()
+        return Candidates(alone, groups, self.deltas, self.norms, own_buffers=True)
+
+    def chunks(self, models: Models, sets: Sequence[ImageSet], *, kept: int = 0) -> Iterator[Chunk]:
+        """The models in chunks that fit, to be run on `sets`; `kept` bytes of results for each."""
+        self._load_carried()
+        self._hold()
+        return self.passes.chunks(models, sets, kept=kept)
+
+    def keep(self, matrix: Float64[np.ndarray, "ingredients 1"]) -> None:
+        """Say that the next candidates are this soup with something added, or on a line from it.
+
+        Where the ingredients do not fit in memory, those of the soup are then not read again.
+        """
+        if not self._hold():
+            self.passes.release()  # to make room for the soup before and the one after
+            self.deltas.keep(with_rest(matrix[None], len(self.deltas.sources))[0, :, 0])
+
+    @cached_property
+    def deltas(self) -> Deltas:
+        """The ingredients as what candidates are mixed from."""
+        return Deltas(self.zoo, self.model, [*self.numels])
+
+    @cached_property
+    def passes(self) -> Passes:
+        """What runs many models over images."""
+        return Passes(self.model, batch_size=self.eval_batch_size, room=self.room)
+
+    def release(self) -> None:
+        """Give back the memory that evaluating keeps for the next time."""
+        self.deltas.release()
+        self.passes.release()
+
+    def room(self) -> int:
+        """Bytes of the budget that evaluating may use."""
+        if self.in_use is None:
+            held = memory_in_use(self.device) - self.passes.in_memory
+            return self.memory_budget - held
+        return self.memory_budget - self.in_use - self.deltas.in_memory
 
     def load(self, coefficients: Coefficients) -> None:
         """Give the model the very weights that cooking these coefficients writes."""
@@ -181,6 +251,16 @@ class Session:
             self.examples_backward += len(labels)
             self.steps += 1
             yield images.to(self.device), labels.to(self.device)
+
+    def _hold(self) -> bool:
+        """Have the ingredients in memory, if that leaves as much room again; whether they are."""
+        if not self.deltas.held and 2 * self.deltas.nbytes <= self.room() + self.deltas.in_memory:
+            self.deltas.hold()
+        return self.deltas.held
+
+    def _score(self, models: Candidates, images: ImageSet) -> Scores:
+        self.examples_forward += len(models) * len(images)
+        return evaluate(self.chunks, models, images)
 
     def _state(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}

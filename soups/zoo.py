@@ -68,7 +68,7 @@ def make_zoo(
         folder.remove()
     recipes = sample_recipes(finetune)
     record = _origin(config, finetune, data, root)
-    names = [_names(i, recipe, finetune) for i, recipe in enumerate(recipes)]
+    names = [names_of_run(i, recipe, finetune) for i, recipe in enumerate(recipes)]
     folder.refuse_other_origin(record)
     folder.refuse_other_files({f"{name}.safetensors" for run in names for name in run})
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def _partial_name(run: int, epoch: int) -> str:
     return f"{run:02d}_e{epoch}"
 
 
-def _names(run: int, recipe: Recipe, finetune: FinetuneConfig) -> list[str]:
+def names_of_run(run: int, recipe: Recipe, finetune: FinetuneConfig) -> list[str]:
     """The ingredients along one run, the final one last."""
     every = finetune.checkpoints_every
     epochs = range(every, recipe.epochs, every) if every else ()
@@ -291,7 +291,9 @@ class _Folder:
         runs = {int(name.partition("_")[0]) for name in self.rows} | {0}
         # The first unfinished run may have left a file without a row.
         recipes = sample_recipes(finetune.model_copy(update={"ingredients": max(runs) + 2}))
-        own = {f"{n}.safetensors" for i, r in enumerate(recipes) for n in _names(i, r, finetune)}
+        own = {
+            f"{n}.safetensors" for i, r in enumerate(recipes) for n in names_of_run(i, r, finetune)
+        }
         for name in [TABLE_FILE, BASE_FILE, *sorted(own), RECORD_FILE]:
             self._file(name).unlink(missing_ok=True)
         self.rows, self.record = {}, {}

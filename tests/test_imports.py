@@ -46,6 +46,9 @@ TORCH_FREE = (
     "soups.learners.registry",
     "soups.plots",
     "soups.record",
+    "soups.reports.pictures",
+    "soups.reports.registry",
+    "soups.reports.tables",
     "soups.statistics",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +15,9 @@ from tqdm.auto import tqdm
 from inputs.randomness import generator
 from merge.coefficients import Coefficients
 from soups.deltas import Mixture, fold_coefficients
+from soups.errors import SoupError
 from soups.learners.descent import soup_loss, warmup_cosine
-from soups.learners.progress import load_progress, save_progress
+from soups.learners.progress import Findings, load_progress, save_progress
 from soups.learners.registry import MehlSettings
 from soups.norms import Groups
 from soups.session import Session
@@ -29,7 +31,9 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
     """`c ← c + Σ_b a[b, g] (w_b − c)` for blocks of B ingredients, shuffled in each outer epoch.
 
     Each block starts at a = 0 with a fresh AdamW and sees *select* `inner_epochs` times. At no
-    time is more in memory than B deltas, the centre and one model. After every block the centre
+    time is more in memory than B deltas, the centre and one model. Where the deltas are held in
+    fewer bits (`precision`), the loss and its gradient are those of what is held, and the centre
+    moves by the ingredients themselves, which are read once more. After every block the centre
     and the coefficients over the originals are saved; a killed run goes on from there, bit for bit.
     """
     groups = session.groups(settings)
@@ -41,7 +45,8 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
         unit="epoch",
         disable=not session.progress,
     )
-    with bar, session.mixture(groups, max(len(block) for block in blocks)) as mixture:
+    capacity = max(len(block) for block in blocks)
+    with bar, session.mixture(groups, capacity, settings.precision) as mixture:
         saved = load_progress(session.folder, mixture)
         if saved is None:
             first = range(len(checkpoints)) if settings.init == "mean_all" else blocks[0]
@@ -49,11 +54,11 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
             matrix = np.zeros((len(checkpoints), len(groups)))
             matrix[list(first)] = 1 / len(first)
             done = 0
-            largest = displacement = dict.fromkeys(groups, 0.0)
+            nothing = dict.fromkeys(groups, 0.0)
+            findings = Findings(nothing, nothing, nothing)
         else:
-            matrix, done = saved.matrix, saved.blocks_done
-            largest, displacement = saved.largest, saved.displacement
-            _count_done(session, settings, done)
+            matrix, done, findings = saved.matrix, saved.blocks_done, saved.findings
+            _count_done(session, settings, done, findings)
             bar.update(done * settings.inner_epochs)
         for number, block in enumerate(blocks[done:], start=done):
             mixture.load_block([checkpoints[k] for k in block])
@@ -61,18 +66,36 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
                 checkpoints[k].prefetch()
             learn = _Block(session, settings, mixture, groups, matrix, block, number)
             coefficients = learn.descend(bar)
-            mixture.apply(coefficients)
-            largest = _larger(largest, coefficients.abs().amax(dim=0))
-            displacement = _larger(displacement, mixture.displacement())
-            mixture.fold()
             matrix = fold_coefficients(matrix, block, coefficients)
-            save_progress(session.folder, mixture, matrix, number + 1, largest, displacement)
+            mixture.apply(coefficients)
+            accuracies = {}
+            if mixture.rounded:
+                last = number + 1 == len(blocks)
+                if last:
+                    accuracies["compressed"] = _accuracy(session, groups, matrix)
+                mixture.apply_originals([checkpoints[k] for k in block], coefficients)
+                if last:
+                    accuracies["originals"] = _accuracy(session, groups, matrix)
+            findings = Findings(
+                _larger(findings.coefficient, coefficients.abs().amax(dim=0)),
+                _larger(findings.displacement, mixture.displacement()),
+                _larger(findings.row_error, mixture.row_errors()),
+                accuracies,
+            )
+            mixture.fold()
+            save_progress(session.folder, mixture, matrix, number + 1, findings)
+        row_bytes = mixture.row_bytes
     session.record |= {
-        "block_size": max(len(block) for block in blocks),
+        "block_size": capacity,
         "blocks": len(blocks),
-        "largest_coefficient": largest,
-        "largest_displacement": displacement,
+        "precision": settings.precision,
+        "row_bytes": row_bytes,
+        "largest_coefficient": findings.coefficient,
+        "largest_displacement": findings.displacement,
     }
+    if settings.precision != "fp32":
+        _report_precision(session, findings)
+    largest = findings.coefficient
     if max(largest.values()) > LARGE_COEFFICIENT:
         log.warning(
             "%s: a coefficient of %s reached %.2f (1 is the ingredient itself): the soup "
@@ -83,6 +106,29 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
             session.row,
         )
     return session.coefficients(groups, matrix, settings)
+
+
+def _report_precision(session: Session, findings: Findings) -> None:
+    """Record what holding the rows in fewer bits has changed, and say so."""
+    compressed, originals = findings.accuracies["compressed"], findings.accuracies["originals"]
+    log.info(
+        "%s: %.2f%% on *select* with the rows as they were held, %.2f%% with the originals",
+        session.row,
+        100 * compressed,
+        100 * originals,
+    )
+    session.record |= {
+        "largest_row_error": findings.row_error,
+        "compressed_select_accuracy": compressed,
+        "originals_select_accuracy": originals,
+        "originals_minus_compressed": originals - compressed,
+    }
+
+
+def _accuracy(session: Session, groups: Groups, matrix: np.ndarray) -> float:
+    """The accuracy of the weights in the model, their norm buffers by the run's rule."""
+    session.norms.follow(groups, matrix, first_step=True)
+    return session.accuracy()
 
 
 class _Block:
@@ -125,15 +171,26 @@ class _Block:
                 model.train(self.session.train_mode)
                 self._follow_norms(coefficients, first_step=step == 0)
                 loss = soup_loss(model(images), labels, self.settings.label_smoothing)
+                value = self._finite(loss.item())
                 alpha.grad = self.mixture.gradient(loss) * self.scale
                 if self.settings.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_([alpha], self.settings.clip_norm)
                 optimizer.step()
                 schedule.step()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             bar.update()
         model.eval()
         return alpha.detach() * self.scale
+
+    def _finite(self, loss: float) -> float:
+        """The loss; SoupError where the descent has left the numbers."""
+        if not math.isfinite(loss):
+            row = self.session.row
+            raise SoupError(
+                f"learners.{row}: the loss on *select* is {loss} in block {self.number + 1}; lower "
+                f"learners.{row}.lr, or set learners.{row}.clip_norm"
+            )
+        return loss
 
     def _follow_norms(self, coefficients: Tensor, *, first_step: bool) -> None:
         norms = self.session.norms
@@ -163,8 +220,8 @@ def _blocks(session: Session, settings: MehlSettings) -> list[list[int]]:
     return blocks
 
 
-def _count_done(session: Session, settings: MehlSettings, blocks: int) -> None:
+def _count_done(session: Session, settings: MehlSettings, blocks: int, findings: Findings) -> None:
     examples = blocks * settings.inner_epochs * len(session.select)
-    session.examples_forward += examples
+    session.examples_forward += examples + len(findings.accuracies) * len(session.select)
     session.examples_backward += examples
     session.steps += blocks * settings.inner_epochs * -(-len(session.select) // settings.batch_size)

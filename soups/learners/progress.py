@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +16,36 @@ FILE = "progress.safetensors"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Coefficients over the originals [ingredients, groups] after a number of blocks.
+class Findings:
+    """What the blocks so far have shown, for each group: the largest `coefficient` of any block,
+    its `displacement` and, of compressed rows, their `row_error`.
 
-    `largest` coefficient and `displacement` of any block so far, for each group.
+    `accuracies` on *select* are known after the last block where rows are compressed: `compressed`
+    is that of the weights which the block was learned on, `originals` that of the same
+    coefficients over the originals.
     """
+
+    coefficient: dict[str, float]
+    displacement: dict[str, float]
+    row_error: dict[str, float]
+    accuracies: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Coefficients over the originals [ingredients, groups] after a number of blocks."""
 
     matrix: np.ndarray
     blocks_done: int
-    largest: dict[str, float]
-    displacement: dict[str, float]
+    findings: Findings
 
 
 def save_progress(
-    folder: Path,
-    mixture: Mixture,
-    matrix: np.ndarray,
-    blocks_done: int,
-    largest: dict[str, float],
-    displacement: dict[str, float],
+    folder: Path, mixture: Mixture, matrix: np.ndarray, blocks_done: int, findings: Findings
 ) -> None:
     """Write the state beside the old one and rename it, so that one of the two is always whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    report = json.dumps({"largest": largest, "displacement": displacement}).encode()
+    report = json.dumps(asdict(findings)).encode()
     tensors = {
         "centre": mixture.centre.cpu(),
         "matrix": torch.from_numpy(matrix),
@@ -61,6 +68,5 @@ def load_progress(folder: Path, mixture: Mixture) -> Progress | None:
         return Progress(
             matrix=state.read("matrix").numpy(),
             blocks_done=int(state.read("blocks_done")),
-            largest=report["largest"],
-            displacement=report["displacement"],
+            findings=Findings(**report),
         )

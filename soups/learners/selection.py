@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from merge.coefficients import Coefficients
@@ -31,33 +31,83 @@ def greedy(session: Session, settings: Greedy) -> Coefficients:
 
 
 def greedy_members(session: Session, settings: Greedy) -> list[int]:
-    """Indices of the kept ingredients. Each is read once; two sets of weights are in memory."""
+    """Indices of the kept ingredients, in the order in which they were kept.
+
+    The trials that come next if all before them are rejected are evaluated in one pass; those
+    behind the first that is kept are dropped, so the members are those of selection one by one.
+    """
     accuracies = session.ingredient_accuracies()
     order = sorted(range(len(accuracies)), key=lambda k: -accuracies[k])
-    checkpoints = session.zoo.checkpoints
     groups = session.groups(settings)
-    members, best = order[:1], accuracies[order[0]]
-    with session.mixture(groups, capacity=1) as mixture:
-        mixture.start_at_mean([checkpoints[order[0]]])
-        for k in tqdm(order[1:], desc=session.row, unit="soup", disable=not session.progress):
-            mixture.load_block([checkpoints[k]])
-            mixture.apply(torch.full((1, 1), 1 / (len(members) + 1), device=session.device))
-            trial = _uniform_over([*members, k], len(order))
-            session.norms.follow(groups, trial, first_step=True)
-            accuracy = session.accuracy()
-            if accuracy > best or (settings.accept == "ge" and accuracy == best):
-                members.append(k)
-                best = accuracy
-                mixture.fold()
-    session.record["order"] = [session.zoo.names[k] for k in order]
+    bar = tqdm(total=len(order) - 1, desc=session.row, unit="soup", disable=not session.progress)
+    evaluated = 0
+
+    def score(members: Sequence[int], ahead: Sequence[int]) -> Sequence[float]:
+        nonlocal evaluated
+        evaluated += len(ahead)
+        bar.set_postfix(at_once=len(ahead), refresh=False)
+        session.keep(_uniform_over(members, len(order)))
+        soups = np.stack([_uniform_over([*members, k], len(order)) for k in ahead])
+        return session.evaluate(soups, groups).accuracies.tolist()
+
+    with bar:
+        first = accuracies[order[0]]
+        members = select_greedily(
+            order,
+            first,
+            score,
+            settings.accept,
+            # On a CPU, trials together take about as long as one after another.
+            patience=4 if session.device.type == "cpu" else 2,
+            decided=bar.update,
+        )
+    session.record |= {
+        "order": [session.zoo.names[k] for k in order],
+        "evaluated": evaluated,
+        "evaluated_for_nothing": evaluated - (len(order) - 1),
+    }
+    return members
+
+
+def select_greedily(
+    order: Sequence[int],
+    first: float,
+    score: Callable[[Sequence[int], Sequence[int]], Sequence[float]],
+    accept: Literal["gt", "ge"],
+    *,
+    patience: int = 2,
+    decided: Callable[[int], object] = lambda trials: None,
+) -> list[int]:
+    """Greedy selection from `order`, whose first member scores `first`, several trials at once.
+
+    `score` is given the members and the ingredients to try with them, and scores each trial as if
+    it were alone. After r rejections in a row, the next trial is kept with a chance of about
+    1/(r + 1), so that 1 + r/patience of them are scored together: about one in `patience` of the
+    rejected ones is scored for nothing. `decided` is told how many trials were decided.
+    """
+    members, best = [order[0]], first
+    waiting, rejected = list(order[1:]), 0
+    while waiting:
+        ahead = waiting[: 1 + rejected // patience]
+        scores = score(members, ahead)
+        kept = next(
+            (i for i, s in enumerate(scores) if s > best or (accept == "ge" and s == best)), None
+        )
+        if kept is None:
+            rejected += len(ahead)
+            del waiting[: len(ahead)]
+            decided(len(ahead))
+        else:
+            members, best, rejected = [*members, ahead[kept]], scores[kept], 0
+            del waiting[: kept + 1]
+            decided(kept + 1)
     return members
 
 
 def wise_ft(session: Session, settings: WiseFT) -> Coefficients:
     """`(1 − α)·base + α·soup` (2109.01903) with the α that is best on *select*, the larger of
     equals; the whole curve is recorded. Raises SoupError where the base is not known."""
-    base = session.zoo.base
-    if base is None:
+    if session.zoo.base is None:
         raise SoupError(
             f"learners.{session.row}: the base is not known, and wise_ft is the line from it to a "
             "soup; name it with zoo.base, or take this row out"
@@ -68,14 +118,10 @@ def wise_ft(session: Session, settings: WiseFT) -> Coefficients:
         members = greedy_members(session, Greedy())
     groups = session.groups(settings)
     soup = _uniform_over(members, count)
-    curve: list[tuple[float, float]] = []
-    with session.mixture(groups, capacity=1) as mixture:
-        mixture.start_at_mean([session.zoo.checkpoints[k] for k in members])
-        mixture.load_block([base])
-        for alpha in tqdm(settings.alphas, desc=session.row, disable=not session.progress):
-            mixture.apply(torch.full((1, 1), 1 - alpha, device=session.device))
-            session.norms.follow(groups, alpha * soup, first_step=True)
-            curve.append((alpha, session.accuracy()))
+    session.keep(soup)
+    line = np.stack([alpha * soup for alpha in settings.alphas])
+    accuracies = session.evaluate(line, groups).accuracies.tolist()
+    curve = list(zip(settings.alphas, accuracies, strict=True))
     session.record["curve"] = [{"alpha": a, "select_accuracy": s} for a, s in curve]
     alpha, _ = max(curve, key=lambda point: (point[1], point[0]))
     return session.coefficients(groups, alpha * soup, settings, with_base=True)

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from soups.errors import SoupError
-from soups.learners.registry import Greedy, Learned, Mehl, MehlLayerwise, Uniform
+from soups.learners.registry import (
+    BestSingle,
+    Greedy,
+    Learned,
+    Mehl,
+    MehlLayerwise,
+    Uniform,
+    WiseFT,
+)
 from soups.plan import Costs, check_budget, measure_activations, plan_learners, plan_table
 
 MIB = 2**20
@@ -61,6 +69,28 @@ def test_the_predicted_peak_is_in_the_budget_or_the_plan_is_refused(
         assert plan.block_size == min(asked, ingredients)
     elif plan.block_size < ingredients:
         assert plan.peak_bytes + 4 * MIB > costs.budget
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows"), [("fp32", 4), ("bf16", 8), ("int8", 15), ("int4", 31), ("sign", 126)]
+)
+def test_the_memory_of_four_rows_holds_more_in_fewer_bits(precision: str, rows: int):
+    """Scales take 1 of 512 bytes of int8 rows, 1 of 65 of sign rows."""
+    costs = dataclasses.replace(COSTS, budget=50 * MIB, ingredients=200)
+    settings = MehlLayerwise.model_validate({"precision": precision, "outer_epochs": 2})
+    plan = plan_learners({"mehl": settings}, costs)["mehl"]
+    assert plan.block_size == rows
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "sign": 1}[precision]
+    scale_bits = 32 / 2048 if precision in ("int8", "int4", "sign") else 0
+    # The model and the images, the activations, the centre, and the rows.
+    assert plan.peak_bytes == 34 * MIB + rows * MIB * (bits + scale_bits) / 8
+    # The mean; in each outer epoch every ingredient, and again to fold it as it is.
+    reads = 1 + 2 * (1 if precision == "fp32" else 2)
+    assert plan.read_bytes == reads * 200 * 4 * MIB
+    blocks = 2 * -(-200 // rows)
+    assert plan.backward_passes == 5 * blocks
+    # The rounded weights and the originals are evaluated once each.
+    assert plan.forward_passes == 5 * blocks + (0 if precision == "fp32" else 2)
 
 
 def test_too_small_a_budget_names_every_row_and_what_would_do():
@@ -120,8 +150,50 @@ def test_activations_predict_what_a_step_was_measured_to_hold():
 
 
 def test_the_table_is_readable():
-    plans = plan_learners({"mehl": Mehl(), "uniform": Uniform()}, COSTS)
+    learners = {"mehl": Mehl(), "int4": Mehl(precision="int4"), "uniform": Uniform()}
+    plans = plan_learners(learners, COSTS)
     table = plan_table(plans).set_index("learner")
     assert table.loc["mehl", "predicted peak"] == "74.0 MiB"
     assert table.loc["mehl", "block size"] == 10
-    assert table.loc["uniform", "block size"] == ""
+    assert table.loc["mehl", "precision"] == "fp32"
+    assert table.loc["int4", "precision"] == "int4"
+    assert table.loc["int4", "predicted peak"] == "39.0 MiB"
+    assert table.loc["uniform", "block size"] == table.loc["uniform", "precision"] == ""
+
+
+@given(
+    budget=st.integers(1, 400),
+    ingredients=st.integers(2, 80),
+    image=st.integers(0, 4 * MIB),
+    batch=st.integers(1, 512),
+)
+def test_evaluating_is_planned_within_the_budget_or_refused(
+    budget: int, ingredients: int, image: int, batch: int
+):
+    costs = dataclasses.replace(
+        COSTS,
+        budget=budget * MIB,
+        ingredients=ingredients,
+        sources=ingredients + 1,
+        image=image,
+        batch_size=batch,
+    )
+    # The soup that grows, and one candidate on one image.
+    if budget * MIB < (20 + 4 + 4) * MIB + image:
+        with pytest.raises(SoupError, match="greedy needs"):
+            plan_learners({"greedy": Greedy()}, costs)
+        return
+    plan = plan_learners({"greedy": Greedy()}, costs)["greedy"]
+    assert plan.peak_bytes <= costs.budget
+    held = 2 * (ingredients + 1) * 4 <= budget - 20
+    assert (plan.read_bytes == (2 * ingredients + 1) * 4 * MIB) == held
+
+
+def test_the_ingredients_are_read_again_only_where_they_do_not_fit():
+    learners = {"best": BestSingle(), "line": WiseFT(), "uniform": Uniform()}
+    plans = plan_learners(learners, dataclasses.replace(COSTS, sources=11))
+    assert plans["best"].read_bytes == 10 * 4 * MIB
+    assert plans["uniform"].read_bytes == 0
+    # Scored first, with all learners; then the soup, the base, and every source for each chunk.
+    assert plans["line"].read_bytes == (10 + 11) * 4 * MIB
+    assert [plans[row].forward_passes for row in learners] == [10, 21, 0]

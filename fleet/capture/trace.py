@@ -1,0 +1,179 @@
+"""A function of tensors as a graph of torch's operations that write nothing in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functionalize
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+aten = torch.ops.aten
+
+CONSTANTS = {
+    aten.new_ones.default: 1,
+    aten.new_zeros.default: 0,
+    aten.ones_like.default: 1,
+    aten.zeros_like.default: 0,
+}
+ON_DATA = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.item.default)
+
+
+class CaptureError(Exception):
+    """The function cannot be replayed; says why."""
+
+
+class Value(NamedTuple):
+    """What is known of a tensor when it is recorded; in each node's `meta["value"]`."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph of `function(*tensors)`, with one placeholder for each tensor.
+
+    Raises CaptureError where the function branches on data, draws random numbers or writes into
+    its arguments, and where it fails.
+    """
+    try:
+        module = _record(function, tensors)
+        if any(map(_writes, module.graph.nodes)):
+            module = _record(functionalize(module, remove="mutations"), tensors)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"tracing failed: {first_line(error)}") from error
+    _make_constants(module.graph)
+    module.graph.eliminate_dead_code()
+    for node in module.graph.nodes:
+        if _writes(node):
+            raise CaptureError(f"it writes into its arguments ({node.target})")
+        if _draws(node):
+            raise CaptureError(f"it draws random numbers ({node.target})")
+    return module
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def _record(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> fx.GraphModule:
+    recorder = _Recorder()
+    # Views, so that one tensor that is handed in twice has two nodes.
+    views = [tensor.view(tensor.shape) for tensor in tensors]
+    for place, view in enumerate(views):
+        recorder.know(view, recorder.graph.placeholder(f"input_{place}"))
+    with recorder:
+        results = function(*views)
+    recorder.graph.output([recorder.node_of(result) for result in results])
+    return fx.GraphModule(recorder.root, recorder.graph)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every operation that torch computes while it is active into a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph, self.root = fx.Graph(), nn.Module()
+        self._nodes = WeakTensorKeyDictionary()
+        self._varying: set[fx.Node] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(
+            function.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+        ):
+            with self:
+                result = function.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = function(*args, **kwargs)
+        mapped = pytree.tree_map_only(Tensor, self.node_of, (args, kwargs))
+        node = self.graph.call_function(function, *mapped)
+        if self._varying.intersection(node.all_input_nodes):
+            if function in ON_DATA:
+                raise CaptureError(
+                    "it branches on data or takes a number out of a tensor; compute that outside "
+                    "(masks, for example) and hand it in"
+                )
+            self._varying.add(node)
+        self._know_results(result, node)
+        return result
+
+    def know(self, tensor: Tensor, node: fx.Node) -> None:
+        self._nodes[tensor] = node
+        node.meta["value"] = Value(tensor.shape, tensor.dtype, tensor.device)
+        if node.op == "placeholder":
+            self._varying.add(node)
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that made the tensor; one that nothing made is a constant."""
+        node = self._nodes.get(tensor)
+        if node is None:
+            name = f"constant_{len(list(self.root.buffers()))}"
+            self.root.register_buffer(name, tensor)
+            node = self.graph.get_attr(name)
+            self.know(tensor, node)
+        return node
+
+    def _know_results(self, result: Any, node: fx.Node) -> None:
+        if isinstance(result, Tensor):
+            self.know(result, node)
+        elif isinstance(result, tuple | list):
+            for place, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    element = self.graph.call_function(operator.getitem, (node, place))
+                    self.know(item, element)
+                    if node in self._varying:
+                        self._varying.add(element)
+
+
+def _make_constants(graph: fx.Graph) -> None:
+    """What looks at a tensor's shape alone does not depend on it."""
+    for node in list(graph.nodes):
+        if node.target not in CONSTANTS:
+            continue
+        value: Value = node.meta["value"]
+        with graph.inserting_before(node):
+            constant = graph.call_function(
+                aten.full.default,
+                (list(value.shape), CONSTANTS[node.target]),
+                {"dtype": value.dtype, "device": value.device},
+            )
+        constant.meta["value"] = value
+        node.replace_all_uses_with(constant)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _draws(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.nondeterministic_seeded in target.tags and not _without_dropout(node, target)
+
+
+def _without_dropout(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+    """Attention is tagged as random, but draws nothing without dropout."""
+    names = [argument.name for argument in target._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    place = names.index("dropout_p")
+    given = node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+    return isinstance(given, float | int) and given == 0
