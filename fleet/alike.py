@@ -27,6 +27,21 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in every}
 
 
+def places(model: nn.Module) -> dict[str, str]:
+    """One name of each place for a parameter or buffer, and the first name of what is there.
+
+    What a functional call is to be given, with tie_weights=False: a module that has two names is
+    one place, and would be left with another tensor than its own if that were given under both.
+    """
+    first = first_names(model)
+    return {
+        name: first[name]
+        for prefix, module in model.named_modules()
+        for part, _ in _own_tensors(module)
+        for name in [f"{prefix}.{part}".lstrip(".")]
+    }
+
+
 def untied(given: Mapping[str, Tensor], firsts: Mapping[str, str]) -> dict[str, Tensor]:
     """`given` under first names. FleetError for an unknown name, or tied tensors that differ."""
     result: dict[str, Tensor] = {}
@@ -104,8 +119,8 @@ def _described(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _own_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

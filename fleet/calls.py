@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fleet.errors import FleetError
+from fleet.structure import PLAIN
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any], each: bool, models: int) -> Call:
-        """FleetError where `each` input should have a leading model axis and one has not."""
+        """FleetError where `each` input should have a leading model axis and one may not."""
         if not kwargs and all(isinstance(value, Tensor) for value in args):
             leaves, spec = args, None
         else:
@@ -35,6 +36,12 @@ class Call:
                 raise FleetError(
                     f"each=True: an input is {list(tensor.shape)}, wanted a leading axis of "
                     f"{models} models; stack one input per model"
+                )
+        for leaf in leaves if each else ():
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                raise FleetError(
+                    f"each=True: an input is a {type(leaf).__name__}, in which tensors of single "
+                    "models cannot be found; hand them in as tensors in tuples, lists or dicts"
                 )
         return cls(leaves, spec, tensors, each)
 
@@ -48,19 +55,18 @@ class Call:
 
     def signature(self) -> Hashable:
         """What a captured graph depends on; None where an input cannot be compared."""
-        kinds = [
-            (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
-            if isinstance(leaf, Tensor)
-            else leaf
-            for leaf in self.leaves
-        ]
+        kinds = list(map(_kind, self.leaves))
         spec = None if self.spec is None else str(self.spec)
-        signature = (self.each, spec, _autocast(), *kinds)
-        try:
-            hash(signature)
-        except TypeError:
+        return None if None in kinds else (self.each, spec, _autocast(), *kinds)
+
+
+def _kind(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        if leaf.layout is not torch.strided:
             return None
-        return signature
+        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
+    # repr() tells -0.0 from 0.0, the type 1 from True.
+    return (type(leaf), repr(leaf)) if isinstance(leaf, PLAIN) else None
 
 
 def _autocast() -> tuple:

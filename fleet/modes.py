@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fleet.errors import FleetError
 
 
 def refuse_training(model: nn.Module) -> None:
-    """FleetError if `model` has BatchNorm or dropout in train mode: no state to be judged in."""
+    """FleetError if `model` has norms or dropout in train mode: no state to be judged in."""
     found = [*_updating(model), *_drawing(model)]
     if found:
         raise FleetError(
@@ -45,9 +45,10 @@ def drop_rate(module: nn.Module) -> float | None:
     return next((rate for rate in rates if isinstance(rate, float | int)), None)
 
 
-def _updating(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+def _updating(model: nn.Module) -> Iterator[tuple[str, _NormBase]]:
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
+        depends = isinstance(module, _BatchNorm) or getattr(module, "track_running_stats", False)
+        if isinstance(module, _NormBase) and depends and module.training:
             yield name, module
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -14,8 +14,34 @@ from torch.utils import _pytree as pytree
 
 from fleet.errors import FleetError
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)
-Rebuild = Callable[[Sequence[Tensor]], Any]
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    Enum,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Puts tensors where others were taken out; `plain` is all that was there beside them."""
+
+    plain: tuple[Any, ...]
+    _spec: pytree.TreeSpec | None
+    _fillers: Sequence[Callable[[Iterator[Tensor]], Any]]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        if self._spec is None:
+            return tensors[0]
+        stream = iter(tensors)
+        return pytree.tree_unflatten([fill(stream) for fill in self._fillers], self._spec)
 
 
 def take_apart(value: Any) -> tuple[list[Tensor], Rebuild]:
@@ -25,19 +51,17 @@ def take_apart(value: Any) -> tuple[list[Tensor], Rebuild]:
     dataclasses. Raises FleetError for any other object, since it may hold tensors unseen.
     """
     if isinstance(value, Tensor):
-        return [value], operator.itemgetter(0)
+        return [value], Rebuild((), None, ())
     leaves, spec = pytree.tree_flatten(value)
     tensors: list[Tensor] = []
-    fillers = [_filler(leaf, tensors) for leaf in leaves]
-
-    def rebuild(others: Sequence[Tensor]) -> Any:
-        stream = iter(others)
-        return pytree.tree_unflatten([fill(stream) for fill in fillers], spec)
-
-    return tensors, rebuild
+    plain: list[Any] = [spec]
+    fillers = [_filler(leaf, tensors, plain) for leaf in leaves]
+    return tensors, Rebuild(tuple(plain), spec, fillers)
 
 
-def _filler(leaf: Any, tensors: list[Tensor]) -> Callable[[Iterator[Tensor]], Any]:
+def _filler(
+    leaf: Any, tensors: list[Tensor], plain: list[Any]
+) -> Callable[[Iterator[Tensor]], Any]:
     if isinstance(leaf, Tensor):
         tensors.append(leaf)
         return next
@@ -45,11 +69,13 @@ def _filler(leaf: Any, tensors: list[Tensor]) -> Callable[[Iterator[Tensor]], An
         fields = [field.name for field in dataclasses.fields(leaf) if field.init]
         inner, rebuild = take_apart({name: getattr(leaf, name) for name in fields})
         tensors.extend(inner)
+        plain.extend(rebuild.plain)
         count = len(inner)
         return lambda stream: dataclasses.replace(
             leaf, **rebuild([next(stream) for _ in range(count)])
         )
     if isinstance(leaf, PLAIN):
+        plain.append(leaf)
         return lambda stream: leaf
     raise FleetError(
         f"the model returns a {type(leaf).__name__}, in which tensors cannot be found; wanted "

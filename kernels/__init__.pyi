@@ -10,5 +10,5 @@ from .ops import mix as mix
 from .ops import mixed_linear as mixed_linear
 from .ops import row_norms as row_norms
 from .segments import Segment as Segment
+from .segments import fine_segments as fine_segments
 from .storage import Rows as Rows
-from .storage import fine_segments as fine_segments

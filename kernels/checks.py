@@ -68,14 +68,21 @@ def check_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) ->
     check_models("grouped_conv2d", operands)
 
 
+def check_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """A setting of both axes as a pair; KernelError for another number of them."""
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise KernelError(f"grouped_conv2d: found {name} {value}; wanted a number or a pair")
+    return value[0], value[1]
+
+
 def check_padding(
     padding: int | Sequence[int] | str, stride: tuple[int, int]
 ) -> tuple[int, int] | str:
     """The padding as a pair, "same" or "valid"; KernelError for another word."""
-    if isinstance(padding, int):
-        return padding, padding
     if not isinstance(padding, str):
-        return padding[0], padding[1]
+        return check_pair("padding", padding)
     if padding not in ("same", "valid"):
         raise KernelError(f"grouped_conv2d: found padding {padding!r}; wanted 'same' or 'valid'")
     if padding == "same" and stride != (1, 1):

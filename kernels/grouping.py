@@ -10,7 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    get_unwrapped,
+    is_batchedtensor,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -36,11 +39,18 @@ class Grouping(TorchFunctionMode):
         super().__init__()
         self.operations = operations
         self.zero = zero
+        self._copied: set[int | None] = set()
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._copied and _writes(function, args, kwargs) and _memory(args[0]) in self._copied:
+            raise KernelError(
+                f"{function.__name__} writes into a view, or what it is a view of, that had to be "
+                "copied to put the models side by side; use reshape and operations that return "
+                "their result"
+            )
         rule = RULES.get(function)
         if rule is not None and any(map(_depends_on_model, (*args, *kwargs.values()))):
             return rule(self, *args, **kwargs)
@@ -214,6 +224,18 @@ class Grouping(TorchFunctionMode):
         output, weights = multi_head_attention(*settings.args, **settings.kwargs)
         return output, weights
 
+    def view(self, input: Tensor, *shape: Any) -> Tensor:
+        """A copy where the models' results lie between each other, as those of linear layers."""
+        try:
+            return input.view(*shape)
+        except RuntimeError:
+            if isinstance(shape[0], torch.dtype):
+                raise
+        result = input.reshape(*shape)
+        # Freed memory may be found again here, which only costs another way of running.
+        self._copied |= {_memory(input), _memory(result)}
+        return result
+
     def adaptive_avg_pool2d(self, input: Tensor, output_size: Any) -> Tensor:
         def pool(x: Tensor) -> Tensor:
             return F.adaptive_avg_pool2d(x.flatten(0, -4), output_size).unflatten(0, x.shape[:-3])
@@ -234,6 +256,7 @@ RULES: dict[Callable, Callable[..., Any]] = {
     F.multi_head_attention_forward: Grouping.multi_head_attention,
     F.embedding: Grouping.embedding,
     F.adaptive_avg_pool2d: Grouping.adaptive_avg_pool2d,
+    Tensor.view: Grouping.view,
 }
 LOOPED: set[Callable] = {
     F.conv3d,
@@ -247,6 +270,7 @@ LOOPED: set[Callable] = {
     torch.rnn_tanh,
     torch.rnn_relu,
 }
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imod")
 FACTORIES: set[Callable] = {
     torch.zeros,
     torch.ones,
@@ -313,6 +337,23 @@ def _loop(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def _depends_on_model(value: Any) -> bool:
     return isinstance(value, Tensor) and is_batchedtensor(value)
+
+
+def _writes(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes into its first argument."""
+    name = function.__name__
+    if name.endswith("__"):
+        return name == "__setitem__" or name[2:-2] in IN_PLACE
+    return name.endswith("_") or bool(kwargs.get("inplace")) or any(v is True for v in args[1:])
+
+
+def _memory(tensor: Any) -> int | None:
+    """The memory that a tensor lies in, whether or not it is one of vmap's."""
+    if not isinstance(tensor, Tensor):
+        return None
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor.untyped_storage()._cdata
 
 
 def _model_axis_first(tensor: Tensor | None, axis: int | None) -> Tensor | None:

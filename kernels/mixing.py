@@ -13,6 +13,7 @@ from kernels.errors import KernelError
 from kernels.segments import Segment, runs
 from kernels.storage import Rows
 
+# Bytes of the mixed weights of all models that are in memory at a time while they are multiplied.
 TILE_BYTES = 1 << 21
 
 
@@ -51,6 +52,7 @@ def check_mix(
 ) -> None:
     """Refuse what does not fit together, with the operand's name."""
     check_pair("mix", "anchor", anchor, deltas)
+    check_rows("mix", deltas)
     if anchor.shape != (weights_of(deltas),):
         raise KernelError(
             f"mix: anchor has shape {list(anchor.shape)}, the deltas have {weights_of(deltas)} "
@@ -65,6 +67,10 @@ def check_mix(
             f"mix: out is {list(out.shape)} {out.dtype} on {out.device}, wanted {list(wanted)} "
             f"{anchor.dtype} on {anchor.device}, like the anchor"
         )
+    values = [deltas.codes, deltas.scales] if isinstance(deltas, Rows) else [deltas]
+    for name, operands in (("deltas", values), ("coefficients", [coefficients])):
+        if any(operand is not None and _overlap(operand, out) for operand in operands):
+            raise KernelError(f"mix: out overlaps the {name}, wanted memory of its own")
     if len(coefficients) > 1 and _overlap(anchor, out):
         raise KernelError(
             f"mix: out overlaps the anchor with {len(coefficients)} models, wanted memory of its "
@@ -80,10 +86,20 @@ def check_mix(
 def check_delta_dot(deltas: Tensor | Rows, gradient: Tensor) -> None:
     """Refuse what does not fit together, with the operand's name."""
     check_pair("delta_dot", "gradient", gradient, deltas)
+    check_rows("delta_dot", deltas)
     if gradient.dim() != 2 or gradient.shape[1] != weights_of(deltas):
         raise KernelError(
             f"delta_dot: gradient has shape {list(gradient.shape)}, wanted "
             f"[models, {weights_of(deltas)}] for rows of {weights_of(deltas)} weights"
+        )
+
+
+def check_rows(op: str, deltas: Tensor | Rows) -> None:
+    """Refuse a tensor that is not a floating [ingredients, weights]."""
+    if isinstance(deltas, Tensor) and not (deltas.dim() == 2 and deltas.is_floating_point()):
+        raise KernelError(
+            f"{op}: found deltas {list(deltas.shape)} of {deltas.dtype}, wanted "
+            "[ingredients, weights] in floating point"
         )
 
 
@@ -262,9 +278,14 @@ class MixedLinear(torch.autograd.Function):
 
 
 def tiles(anchor: Tensor, models: int) -> list[tuple[int, int]]:
-    """Ranges of output features whose mixed weights fit the cache; packed rows start at bytes."""
+    """Ranges of output features whose mixed weights fit the cache; packed rows start at bytes.
+
+    On CUDA all in one: what takes time there is the number of launches.
+    """
     features, width = anchor.shape
     length = max(TILE_BYTES // max(models * width * anchor.itemsize, 1) // 8, 1) * 8
+    if anchor.is_cuda:
+        length = max(features, 1)
     return [(start, min(start + length, features)) for start in range(0, features, length)]
 
 
@@ -281,11 +302,20 @@ def _sum_shared(gradient: Tensor, models: int) -> Tensor:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
+    """From each one's first to its last number, with what lies between where it is strided."""
     return (
         one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-        and one.data_ptr() < other.data_ptr() + other.nbytes
-        and other.data_ptr() < one.data_ptr() + one.nbytes
+        and one.data_ptr() < _end(other)
+        and other.data_ptr() < _end(one)
     )
+
+
+def _end(tensor: Tensor) -> int:
+    if tensor.numel() == 0:
+        return tensor.data_ptr()
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in pairs)
+    return tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
 def _capturing(tensor: Tensor) -> bool:

@@ -72,6 +72,7 @@ def row_norms(
     deltas: Float[Tensor, "ingredients weights"] | Rows, segments: Sequence[Segment], groups: int
 ) -> Float[Tensor, "ingredients groups"]:
     """The Euclidean length of each row in each group; 0 where a group has no weights."""
+    mixing.check_rows("row_norms", deltas)
     segments = mixing.group_runs("row_norms", deltas, groups, segments)
     return cpu_mixing.row_norms(deltas, segments, groups)
 
@@ -131,10 +132,11 @@ def grouped_conv2d(
     Raises KernelError where operands do not fit together.
     """
     checks.check_conv2d(x, weight, bias, groups)
+    strides = checks.check_pair("stride", stride)
     settings = {
-        "stride": _pair(stride),
-        "padding": checks.check_padding(padding, _pair(stride)),
-        "dilation": _pair(dilation),
+        "stride": strides,
+        "padding": checks.check_padding(padding, strides),
+        "dilation": checks.check_pair("dilation", dilation),
         "groups": groups,
     }
     chosen = _triton_for("grouped_conv2d", x) or convolution.grouped_conv2d
@@ -232,10 +234,6 @@ def grouped_embedding(
     checks.check_embedding(ids, weight, padding_idx)
     chosen = _triton_for("grouped_embedding", ids) or embedding.grouped_embedding
     return chosen(ids, weight, padding_idx)
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _mixing_for(tensor: Tensor) -> mixing.Chosen:

@@ -90,7 +90,9 @@ def _values_and_segments(
     values = deltas.unpack() if isinstance(deltas, Rows) else deltas
     if segments is None and isinstance(deltas, Rows) and coefficients.shape[2:].numel() > 1:
         segments = deltas.segments
-    return values, [Segment(0, values.shape[1], 0)] if segments is None else sorted(segments)
+    if segments is None:
+        return values, [Segment(0, values.shape[1], 0)]
+    return values, sorted(segment for segment in segments if segment.start < segment.stop)
 
 
 def per_model(function: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:

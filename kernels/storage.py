@@ -16,7 +16,6 @@ from kernels import quantise
 from kernels.errors import KernelError
 from kernels.quantise import FLOAT_TYPES, PER_BYTE, Precision
 from kernels.segments import Segment, runs
-from kernels.segments import fine_segments as fine_segments
 
 
 class Rows:
@@ -50,6 +49,7 @@ class Rows:
         _check_cover(self.segments, weights)
         self.groups = runs(self.segments, weights, 1 + max((s.group for s in segments), default=0))
         self._starts = [segment.start for segment in self.segments]
+        self._whole = self.segments  # those that the scales are of: a part may cut them
 
     @classmethod
     def empty(
@@ -127,18 +127,20 @@ class Rows:
             )
         codes = self.codes[:, start // per_byte : -(-stop // per_byte)]
         first, last = self._covering(start, stop)
-        segments = [
-            Segment(max(s.start, start) - start, min(s.stop, stop) - start, s.group)
-            for s in self.segments[first:last]
-        ]
+        weights = stop - start
+        whole = [Segment(s.start - start, s.stop - start, s.group) for s in self._whole[first:last]]
+        segments = [Segment(max(s.start, 0), min(s.stop, weights), s.group) for s in whole]
         scales = None if self.scales is None else self.scales[:, first:last]
-        return Rows(codes, scales, segments, stop - start, self.precision)
+        part = Rows(codes, scales, segments, weights, self.precision)
+        part._whole = tuple(whole)
+        return part
 
     @torch.no_grad()
     def write(self, k: int, values: Float[Tensor, " weights"]) -> None:
         """Row k becomes `values`, rounded to the precision.
 
-        Raises KernelError where a value is not finite (or, in fp16, above 65504).
+        Raises KernelError where a value is not finite or more than the precision holds, and where
+        this is a part that shares a scale with its neighbours.
         """
         if values.shape != (self.weights,):
             raise KernelError(
@@ -148,6 +150,12 @@ class Rows:
         if self.scales is None:
             self.codes[k].copy_(values)
             return
+        if self.weights and self._whole != self.segments:
+            raise KernelError(
+                f"row {k}: found a part that cuts segments, whose scales its neighbours share; "
+                "wanted whole ones: write a part that begins and ends where segments do, or make "
+                "the rows with shorter segments (fine_segments)"
+            )
         codes = torch.empty(self.weights, dtype=torch.int8, device=self.device)
         for (start, stop), first, last in _equal_lengths(self.segments):
             part = values[start:stop].to(self.device, torch.float32).reshape(last - first, -1)
@@ -267,8 +275,12 @@ def _check_finite(where: str, values: Tensor, precision: Precision) -> None:
             f"{where}: found {values[at].item()} at weight {at}, wanted finite values; look at the "
             "checkpoint that it comes from"
         )
-    if precision == "fp16" and max(-low, high) > torch.finfo(torch.float16).max:
+    # A scale times a code may round to more than the largest fp32: bf16's leaves room for that.
+    largest = torch.finfo(FLOAT_TYPES.get(precision, torch.bfloat16)).max
+    if max(-low, high) > largest:
+        fp16 = precision == "fp16"
+        remedy = "store the rows in bf16 or fp32" if fp16 else "look at where the values come from"
         raise KernelError(
-            f"{where}: found {max(-low, high):.4g}, the largest that fp16 holds is 65504; "
-            "store the rows in bf16 or fp32"
+            f"{where}: found {max(-low, high):.6g}, the largest that {precision} holds is "
+            f"{largest:.6g}; {remedy}"
         )

@@ -61,6 +61,18 @@ def soup_entry(this: Run, row: str, soup: Coefficients) -> Entry:
         spent=learned,
         model=this.soup(row),
         temperature=soup.temperature,
+        notes=_notes(learned["record"]),
+    )
+
+
+def _notes(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the table says of a row whose ingredients were held in fewer bits."""
+    if "originals_minus_compressed" not in record:
+        return ()
+    lost = -100 * record["originals_minus_compressed"]
+    return (
+        f"learned on {record['precision']} rows: {lost:+.2f} points on select with them, against "
+        "the originals that it is cooked from",
     )
 
 
@@ -79,6 +91,7 @@ def evaluate_entries(
     todo = [e for e in entries if not this.steps.is_done(f"evaluate/{e.row}", inputs[e.row])]
     for entry, logits in _all_logits(this, todo, sets):
         _finish(this, entry, inputs[entry.row], logits, sets)
+    this.session.release()
     return [_row(this, entry) for entry in entries]
 
 
@@ -107,7 +120,7 @@ def _logits_in_chunks(
     """Chunks of models, and of each of them its logits on every set."""
     classes = len(session.select.classes)
     kept = 4 * classes * sum(map(len, sets.values()))
-    for chunk in session.chunks(models, [*sets.values()], kept=kept):
+    for chunk in session.chunks(models, [*sets.values()], kept=kept, refuse=False):
         logits = [
             {name: torch.empty(len(images), classes) for name, images in sets.items()}
             for _ in chunk.members
@@ -129,7 +142,8 @@ def _ensemble_logits(
         for team in teams
     }
     wanted = sorted({k for members in teams.values() for k in members})
-    for chunk in session.chunks(session.ingredient_models(wanted), [*sets.values()]):
+    models = session.ingredient_models(wanted)
+    for chunk in session.chunks(models, [*sets.values()], refuse=False):
         for name, images in sets.items():
             for rows, found in chunk.logits(images):
                 for m, logits in zip(chunk.members, found.cpu(), strict=True):

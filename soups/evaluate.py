@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fleet import Group, refuse_training
+from fleet.alike import places
 from inputs.budget import format_bytes
 from inputs.data import ImageSet
 from soups.activations import forward_bytes
@@ -31,6 +33,8 @@ LEAST_IMAGES = 16
 WORTH_SHARING = 0.25
 WORTH_RECORDING_BYTES = 256 << 20
 WORTH_RECORDING_BATCHES = 8
+
+log = logging.getLogger(__name__)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -62,9 +66,9 @@ class Scores:
     def of(
         cls, logits: Float[Tensor, "candidates rows classes"], labels: Int[Tensor, " rows"]
     ) -> Scores:
-        """The scores that logits give."""
-        losses = [F.cross_entropy(own, labels, reduction="none") for own in logits]
-        return cls(logits.argmax(2) == labels, torch.stack(losses))
+        """The scores that logits give; where NaN or +inf leave no loss, none is right."""
+        losses = torch.stack([F.cross_entropy(own, labels, reduction="none") for own in logits])
+        return cls((logits.argmax(2) == labels) & ~losses.isnan(), losses)
 
     @property
     def accuracies(self) -> Float64[np.ndarray, " candidates"]:
@@ -85,7 +89,6 @@ class Chunk:
     images: int
     _run: Callable[[Tensor], Tensor]
 
-    @torch.inference_mode()
     def logits(
         self, images: ImageSet
     ) -> Iterator[tuple[slice, Float[Tensor, "models rows classes"]]]:
@@ -111,7 +114,8 @@ class Passes:
     def __init__(self, model: nn.Module, *, batch_size: int, room: Callable[[], int]) -> None:
         self.model, self.batch_size, self.room = model, batch_size, room
         self._names = [*model.state_dict()]
-        self._tied = _tied_names(model)
+        self._places = places(model)
+        self.least_image_bytes = 0
         self._image_bytes: dict[torch.Size, int] = {}
         self._group: Group | None = None
         self._run: Callable[[Tensor], Tensor] | None = None
@@ -120,14 +124,42 @@ class Passes:
         self._batches: Counter[int] = Counter()
         self._bytes: Counter[int] = Counter()
 
-    def chunks(self, models: Models, sets: Sequence[ImageSet], *, kept: int = 0) -> Iterator[Chunk]:
+    def begin(self) -> None:
+        """Forget what was run before, so that how models are run depends on what follows alone."""
+        self.release()
+        self._batches.clear()
+        self._bytes.clear()
+
+    def chunks(
+        self,
+        models: Models,
+        sets: Sequence[ImageSet],
+        *,
+        kept: int = 0,
+        refuse: bool = True,
+    ) -> Iterator[Chunk]:
         """The models, family by family, in chunks that fit with `kept` bytes of results for each.
 
         Each chunk is run on all of `sets`, images of one shape, and is to be used before the next
-        is asked for. Raises SoupError where the room is too small for one model and one image, and
-        FleetError for a model in train mode.
+        is asked for. Raises SoupError where the room is too small for one model and one image
+        (without `refuse` they then run one by one, on few images), and FleetError for a model in
+        train mode.
         """
         refuse_training(self.model)
+        for members, batch in self.parts(models, sets, kept=kept, refuse=refuse):
+            weights = models.weights(members, at_once=len(members) * batch, reuse=self._buffers)
+            yield self._chunk(members, batch, weights)
+            del weights  # so that the next may take its place
+
+    def parts(
+        self,
+        models: Models,
+        sets: Sequence[ImageSet],
+        *,
+        kept: int = 0,
+        refuse: bool = True,
+    ) -> Iterator[tuple[list[int], int]]:
+        """The members of each chunk and their images at a time, counted as if they were run."""
         for family in models.families():
             shared, own = models.bytes_of(family)
             need = Need(shared, own, self.image_bytes(sets[0]), kept)
@@ -137,7 +169,7 @@ class Passes:
                 batch_size=self.batch_size,
                 device=device_of(self.model).type,
             )
-            together, batch = fit(need, self.room(), len(family), best)
+            together, batch = fit(need, self.room(), len(family), best, refuse=refuse)
             for members in evenly(family, together):
                 if len(members) != self._together:
                     self.release()
@@ -145,17 +177,18 @@ class Passes:
                 rows = sum(map(len, sets))
                 self._batches[len(members)] += -(-rows // batch)
                 self._bytes[len(members)] += len(members) * rows * need.image
-                weights = models.weights(members, at_once=len(members) * batch, reuse=self._buffers)
-                yield self._chunk(members, batch, weights)
-                del weights  # so that the next may take its place
+                yield members, batch
 
     def image_bytes(self, images: ImageSet) -> int:
-        """What one model needs for one image: its activations, measured once for each shape."""
+        """What one model needs for one image: its activations, measured once for each shape.
+
+        `least_image_bytes`, where a run has measured that it takes more.
+        """
         pixels, _ = next(images.subset(torch.arange(1)).batches(1))
         if pixels.shape not in self._image_bytes:
             measured = forward_bytes(self.model, pixels.to(device_of(self.model)))
             self._image_bytes[pixels.shape] = measured
-        return self._image_bytes[pixels.shape]
+        return max(self._image_bytes[pixels.shape], self.least_image_bytes)
 
     def release(self) -> None:
         """Give the memory of the last chunk back, which cannot be used any more."""
@@ -188,10 +221,11 @@ class Passes:
         return Chunk(members, batch, self._logits)
 
     def _state(self, weights: Weights, m: int) -> dict[str, Tensor]:
-        """One model's tensors, under every name that the model has for them."""
+        """One model's tensors, in every place that the model has for them."""
         state = weights.shared | {name: tensor[m] for name, tensor in weights.stacked.items()}
-        return state | {n: state[name] for name, n in self._tied if name in state}
+        return {place: state[name] for place, name in self._places.items() if name in state}
 
+    @torch.inference_mode()
     def _logits(self, images: Tensor) -> Tensor:
         assert self._run is not None, "the models of this chunk are gone"
         return self._run(images.to(device_of(self.model))).float()
@@ -217,17 +251,9 @@ def _run_in_turn(
     model: nn.Module, states: Sequence[Mapping[str, Tensor]], models: int, images: Tensor
 ) -> Tensor:
     """One model after another; one state alone is that of all models."""
-    # Tied tensors are given under all their names: finding them takes as long as a small model.
+    # Tied tensors are given in all their places: finding them takes as long as a small model.
     logits = [functional_call(model, dict(s), (images,), tie_weights=False) for s in states]
     return torch.stack(logits).expand(models, *logits[0].shape)
-
-
-def _tied_names(model: nn.Module) -> list[tuple[str, str]]:
-    """The first name of each tied parameter with each of its other names."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    pairs = [(first.setdefault(id(parameter), name), name) for name, parameter in named]
-    return [(name, other) for name, other in pairs if name != other]
 
 
 @dataclass(frozen=True)
@@ -255,14 +281,24 @@ def images_at_once(models: int, *, image: int, batch_size: int, device: str) -> 
     return min(batch_size, max(LEAST_IMAGES, CACHED_BYTES // max(models * image, 1)))
 
 
-def fit(need: Need, room: int, models: int, images: Callable[[int], int]) -> tuple[int, int]:
+def fit(
+    need: Need, room: int, models: int, images: Callable[[int], int], *, refuse: bool = True
+) -> tuple[int, int]:
     """How many models run at once, and on how many images; SoupError where not even one fits.
 
     `images` says how many are best for a number of models; where that is too much even for one
-    model, it gets as many as fit.
+    model, it gets as many as fit. Without `refuse`, one model on few images where nothing fits.
     """
     least = need(1, 1)
     if least > room:
+        if not refuse:
+            log.warning(
+                "memory_budget: %s are left for evaluating and %s are needed; going on all the "
+                "same, one model at a time",
+                format_bytes(max(room, 0)),
+                format_bytes(least),
+            )
+            return 1, min(LEAST_IMAGES, images(1))
         raise SoupError(
             f"memory_budget: {format_bytes(max(room, 0))} are left for evaluating, and one "
             f"candidate on one image needs {format_bytes(least)}; raise the budget by at least "

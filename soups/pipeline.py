@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from fleet import Group
 from inputs.command import choose_device
 from inputs.data import LearningData, load_learning_data, load_report_data
 from inputs.models import build_model
@@ -26,7 +28,7 @@ from soups.leaderboard import (
     with_intervals,
     write_leaderboard,
 )
-from soups.learners.registry import LEARNERS, Descent, LearnerSettings, WiseFT
+from soups.learners.registry import LEARNERS, Descent, GreedyFull, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
 from soups.plan import Costs, RowPlan, check_budget, measure_activations, plan_learners, plan_table
@@ -63,6 +65,7 @@ def run(
             row: _soup(this, row, settings, plans[row]) for row, settings in config.learners.items()
         }
         make_reports(this, soups)
+        this.session.release()
         rows = _leaderboard(this, soups)
     say(terminal_table(rows))
     reports = ", reports/" if config.reports else ""
@@ -153,6 +156,12 @@ def _check_learners(config: LearnConfig, data: LearningData) -> None:
         for row, settings in config.learners.items()
         if isinstance(settings, Descent) and settings.batch_size > len(data.select)
     ]
+    problems += [
+        f"learners.{row}.folds: {settings.folds} is more than the {len(data.select)} images of "
+        "select; lower it, or give select more images"
+        for row, settings in config.learners.items()
+        if isinstance(settings, GreedyFull) and settings.folds > len(data.select)
+    ]
     made = config.zoo.finetune is not None and config.zoo.ingredients is None
     known = made or find_ingredients(config.zoo)[1] is not None
     problems += [
@@ -180,10 +189,13 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
         midpoints = [vars(m) | {"warning": m.warning} for m in probe_midpoints(session)]
         session.release()
         images, labels = next(iter(session.select.batches(this.largest_batch)))
-        image = session.passes.image_bytes(session.select)
+        counted = session.passes.image_bytes(session.select)
+        _warm_up(session.device)
         in_use = memory_in_use(session.device)
+        probe = session.probe(session.eval_batch_size)
         with Meter(session.device) as meter:
-            session.accuracy(session.probe(session.eval_batch_size))
+            session.accuracy(probe)
+        image = max(counted, (meter.peak_bytes - in_use) // len(probe))
         costs = Costs(
             ingredients=len(session.zoo.checkpoints),
             weights=sum(session.numels.values()),
@@ -196,6 +208,7 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
             image=image,
             batch_size=session.eval_batch_size,
             sources=len(session.deltas.sources),
+            select=len(session.select),
             device=session.device.type,
             budget=budget,
         )
@@ -212,8 +225,16 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
     )
     session.block_sizes = {row: p.block_size for row, p in plans.items() if p.block_size}
     session.in_use = measured["costs"]["in_use"]
+    session.passes.least_image_bytes = measured["costs"]["image"]
     say(plan_table(plans).to_markdown(index=False))
     return plans
+
+
+def _warm_up(device: torch.device) -> None:
+    """Run a group once: the first one leaves what it imports and compiles in the process."""
+    models = [nn.Linear(1, 1).to(device).eval() for _ in range(2)]
+    with torch.inference_mode():
+        Group.of(models)(torch.zeros(1, 1, device=device))
 
 
 # --- learning and cooking ------------------------------------------------------------------------
@@ -267,7 +288,9 @@ def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
     entries += references(this, soups)
     # Learning is over: from here on, and only here, *report* is read.
     report = load_report_data(config.data, memory_budget=config.memory_budget)
-    this.session.in_use = None  # the report images are in memory, too
+    if this.session.in_use is not None and this.session.device.type == "cpu":
+        images = report["report"]  # shifted ones are made as they are read
+        this.session.in_use += len(images) * images.pixels(torch.arange(1)).nbytes
     evaluated = evaluate_entries(this, entries, {"select": this.data.select, **report})
     rows = [row for row, _ in evaluated]
     predictions = {row.learner: right for row, right in evaluated}

@@ -16,18 +16,7 @@ from soups.deltas import row_bytes
 from soups.errors import SoupError
 from soups.evaluate import Need, fit, images_at_once
 from soups.learners.descent import soup_loss
-from soups.learners.registry import (
-    CmaEs,
-    Greedy,
-    GreedyFull,
-    LearnedSettings,
-    MehlSettings,
-    RandomSearch,
-    Search,
-    Uniform,
-    WiseFT,
-    ZerothOrder,
-)
+from soups.learners.registry import LearnedSettings, MehlSettings, Scoring
 
 FP32_BYTES = 4
 
@@ -40,7 +29,7 @@ class Costs:
     what one training step saves for its backward pass, with its largest gradient; `evaluation`:
     what a batch of evaluation takes; `image`: the activations of one model on one image, when
     `batch_size` of them at most are evaluated at a time on `device`. `sources` are the ingredients
-    and the base where it is known.
+    and the base where it is known; `select` is how many images there are.
     """
 
     ingredients: int
@@ -54,6 +43,7 @@ class Costs:
     batch_size: int = 512
     device: str = "cpu"
     sources: int = 0
+    select: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,18 +140,20 @@ def _plan_row(settings: Settings, costs: Costs) -> RowPlan:
         return _plan_mehl(settings, costs)
     if isinstance(settings, LearnedSettings):
         return _plan_learned(settings, costs)
-    candidates, at_once, reads = _effort(settings, costs.ingredients)
+    if not isinstance(settings, Scoring):
+        raise TypeError(f"{type(settings).__name__}: how is it planned? Give it an `effort`")
+    effort = settings.effort(costs.ingredients, costs.select)
     # The ingredients are scored before, once for all learners that ask.
-    scored = 0 if isinstance(settings, Uniform) else costs.ingredients
+    scored = costs.ingredients if effort.scored else 0
     held = _held(costs)
     return RowPlan(
         block_size=None,
         blocks=None,
         peak_bytes=costs.in_use
-        + max(costs.evaluation, _evaluation_bytes(at_once, costs) if at_once else 0),
-        read_bytes=(scored + (costs.sources if held and candidates else reads))
+        + max(costs.evaluation, _evaluation_bytes(effort.at_once, costs) if effort.at_once else 0),
+        read_bytes=(scored + (costs.sources if held and effort.candidates else effort.reads))
         * costs.ingredient_bytes,
-        forward_passes=scored + candidates,
+        forward_passes=scored + -(-effort.examples // costs.select),
         backward_passes=0,
     )
 
@@ -198,40 +190,6 @@ def _held(costs: Costs) -> int:
     """The bytes of all sources, where they are held in memory; else 0."""
     sources = max(costs.sources, costs.ingredients) * costs.weights * FP32_BYTES
     return sources if 2 * sources <= costs.budget - costs.in_use else 0
-
-
-def _effort(settings: Settings, ingredients: int) -> tuple[int, int, int]:
-    """Candidates at most; the most in one call; and sources read, where they are not held."""
-    greedy = ingredients - 1 + (ingredients - 1) // 2
-    if isinstance(settings, Greedy):
-        return greedy, 1 + (ingredients - 1) // 2, 2 * greedy
-    if isinstance(settings, WiseFT):
-        alphas = len(settings.alphas)
-        candidates, at_once, reads = (
-            _effort(Greedy(), ingredients) if settings.soup == "greedy" else (0, 0, 0)
-        )
-        return candidates + alphas, max(at_once, alphas), reads + ingredients + 1
-    if isinstance(settings, Search | GreedyFull):
-        return _search_effort(settings, ingredients)
-    return 0, 0, 0
-
-
-def _search_effort(settings: Search | GreedyFull, ingredients: int) -> tuple[int, int, int]:
-    """As `_effort`, for learners of many passes; a guess where the scores decide."""
-    if isinstance(settings, GreedyFull):
-        # Two walks for each fold and one for all, of three moves and those that found nothing more.
-        around = (settings.folds + 1) * ingredients
-        moves = 2 * (3 + settings.patience)
-        return around * (moves + 1), around, (ingredients + moves) * ingredients
-    if isinstance(settings, ZerothOrder):
-        at_once, passes = 2 * settings.directions, settings.steps
-    else:
-        assert isinstance(settings, RandomSearch | CmaEs)
-        at_once, passes = settings.population, -(-settings.evaluations // settings.population)
-    first, reads = 0, 0
-    if settings.start == "greedy":
-        first, _, reads = _effort(Greedy(), ingredients)
-    return first + passes * at_once + 3, at_once, reads + (passes + 1) * ingredients
 
 
 def _plan_mehl(settings: MehlSettings, costs: Costs) -> RowPlan:

@@ -37,8 +37,14 @@ def recalibrate_group(
         for name, norm in norms.items()
         for kind in ("running_mean", "running_var")
     }
-    rest = {name: tensor for name, tensor in shared.items() if name not in statistics}
-    group = Group(model, {**stacked, **statistics}, shared=rest, capture=False)
+    counts = {
+        f"{name}.num_batches_tracked".lstrip("."): norm.num_batches_tracked.repeat(models)
+        for name, norm in norms.items()
+        if norm.num_batches_tracked is not None
+    }
+    own = {**stacked, **statistics, **counts}
+    rest = {name: tensor for name, tensor in shared.items() if name not in own}
+    group = Group(model, own, shared=rest, capture=False)
     momenta = {norm: norm.momentum for norm in norms.values()}
     seen = 0
     with evaluating(model):

@@ -204,6 +204,15 @@ class Steps:
         self._steps[name] = step
         self._save()
 
+    def remove(self, name: str) -> None:
+        """Forget the step, with the files on record that nobody changed and its scratch folder."""
+        self._remove(name)
+        self._save()
+
+    def names(self) -> list[str]:
+        """The steps on record."""
+        return [*self._steps]
+
     def _relative(self, output: Path) -> str:
         """Relative to the results folder, which may be moved; absolute outside of it."""
         output, folder = output.absolute(), self.folder.absolute()
@@ -231,15 +240,18 @@ class Steps:
         write_whole(self.path, json.dumps(self._steps, indent=1, default=_as_text) + "\n")
 
     def _clear(self) -> None:
-        for name, step in self._steps.items():
-            for path, stamp in step.get("outputs", {}).items():
-                if _stamp(self.folder / path) == stamp:
-                    (self.folder / path).unlink()
-            scratch = self.folder / WORK / _checked_name(name)
-            if step.get("scratch") and scratch.exists():
-                shutil.rmtree(scratch)
+        for name in self.names():
+            self._remove(name)
         self.path.unlink(missing_ok=True)
-        self._steps = {}
+
+    def _remove(self, name: str) -> None:
+        step = self._steps.pop(name, {})
+        for path, stamp in step.get("outputs", {}).items():
+            if _stamp(self.folder / path) == stamp:
+                (self.folder / path).unlink()
+        scratch = self.folder / WORK / _checked_name(name)
+        if step.get("scratch") and scratch.exists():
+            shutil.rmtree(scratch)
 
 
 def _stamp(path: Path) -> list[int] | None:

@@ -38,6 +38,7 @@ class Run:
         config, zoo = self.config, self.session.zoo
         return {
             "ingredients": [i.sha256 for i in zoo.ingredients],
+            "names": list(zoo.names),
             "base": zoo.base_ingredient.sha256 if zoo.base_ingredient else None,
             "carried": zoo.preflight.carried,
             "model": describe_model(config.model, self.root),

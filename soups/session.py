@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from inputs.config import Settings
 from inputs.data import ImageSet
-from merge.checkpoints import Checkpoint
 from merge.coefficients import Coefficients
 from merge.mixing import combine
 from soups.candidates import Candidates, Models, with_rest
@@ -42,6 +41,7 @@ class Session:
     """The state that learners share; one learner at a time uses the one model.
 
     `row` is the learner's name in the table: its random streams and its folder are named by it.
+    Without a folder nothing is kept of a search that is killed.
     `record` collects what the learner has to say about its run. `in_use` is the memory that the
     plan has found taken before any learner; while it is not known, what is taken now counts.
     """
@@ -59,17 +59,18 @@ class Session:
     block_sizes: dict[str, int] = field(default_factory=dict)
     ingredients: IngredientScores = IngredientScores((), 0.0)
     row: str = ""
-    folder: Path = Path()
+    folder: Path | None = None
     record: dict[str, Any] = field(default_factory=dict)
     examples_forward: int = 0
     examples_backward: int = 0
     steps: int = 0
     shared_seconds: float = 0.0
 
-    def begin(self, row: str, folder: Path) -> None:
+    def begin(self, row: str, folder: Path | None) -> None:
         """Start one row of the table; in `folder` it keeps what it needs to go on when killed."""
         self.row, self.folder, self.record = row, folder, {}
-        self.release()
+        self.deltas.release()
+        self.passes.begin()
         self.examples_forward = self.examples_backward = 0
         self.steps, self.shared_seconds = 0, 0.0
 
@@ -137,10 +138,30 @@ class Session:
         """The scores of many candidate soups on *select*, or on some of it.
 
         Each is a matrix over the ingredients, as `coefficients` takes it, with a column for each
-        of `groups`; where a column does not sum to one, the base takes the rest.
+        of `groups`; where a column does not sum to one, the base takes the rest. A candidate's
+        scores are the same bits in the same calls since `begin`; what else is in a call, and what
+        was called before, may change losses by about 1e-6 of them.
         """
         images = images or self.select
         return self._score(Candidates(candidates, groups, self.deltas, self.norms), images)
+
+    def skip(
+        self,
+        candidates: Float64[np.ndarray, "candidates ingredients groups"],
+        groups: Groups,
+        images: ImageSet,
+        seconds: float,
+    ) -> None:
+        """Count a pass that is not run, since its scores are known from a run that was killed.
+
+        What follows is then run as it would have been after that pass.
+        """
+        self.examples_forward += len(candidates) * len(images)
+        self.shared_seconds += seconds
+        self._hold()
+        models = Candidates(candidates, groups, self.deltas, self.norms)
+        for _ in self.passes.parts(models, [images]):
+            pass
 
     def evaluate_ingredients(self, images: ImageSet | None = None) -> Scores:
         """The scores of the ingredients themselves, with their own norm buffers."""
@@ -153,11 +174,22 @@ class Session:
         groups = self.whole_model()
         return Candidates(alone, groups, self.deltas, self.norms, own_buffers=True)
 
-    def chunks(self, models: Models, sets: Sequence[ImageSet], *, kept: int = 0) -> Iterator[Chunk]:
-        """The models in chunks that fit, to be run on `sets`; `kept` bytes of results for each."""
+    def chunks(
+        self,
+        models: Models,
+        sets: Sequence[ImageSet],
+        *,
+        kept: int = 0,
+        refuse: bool = True,
+    ) -> Iterator[Chunk]:
+        """The models in chunks that fit, to be run on `sets`; `kept` bytes of results for each.
+
+        Where nothing fits: SoupError, or without `refuse` one model at a time.
+        """
         self._load_carried()
-        self._hold()
-        return self.passes.chunks(models, sets, kept=kept)
+        if isinstance(models, Candidates):
+            self._hold()
+        return self.passes.chunks(models, sets, kept=kept, refuse=refuse)
 
     def keep(self, matrix: Float64[np.ndarray, "ingredients 1"]) -> None:
         """Say that the next candidates are this soup with something added, or on a line from it.
@@ -180,8 +212,9 @@ class Session:
 
     def release(self) -> None:
         """Give back the memory that evaluating keeps for the next time."""
-        self.deltas.release()
-        self.passes.release()
+        for kept in ("deltas", "passes"):
+            if kept in vars(self):  # else there is nothing yet
+                getattr(self, kept).release()
 
     def room(self) -> int:
         """Bytes of the budget that evaluating may use."""
@@ -207,14 +240,6 @@ class Session:
                 )
                 state[name].copy_(mixed)
         self.norms.recalibrate()
-
-    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Give the model an ingredient's weights and buffers; what is carried is so here, too."""
-        self._load_carried()
-        for name, tensor in self._state().items():
-            stored = self.zoo.stored(checkpoint, name)
-            if stored and name not in self.zoo.preflight.carried:
-                tensor.copy_(checkpoint.read(stored))
 
     def logits(self, images: ImageSet | None = None) -> Float[Tensor, "rows classes"]:
         """The logits on *select*, or on some of it, of the model as it is."""

@@ -26,9 +26,11 @@ SLICE_BYTES = 4 << 20
 class Deltas:
     """What soups are mixed from: the ingredients, and then the base where it is known.
 
-    A soup is the first source that it needs plus the weighted differences of the others from it,
-    in fp32 (fp64 for tensors that are stored so). The sources are held in memory or read again for
-    each chunk of candidates, in slices; the bits are the same.
+    A soup is the first ingredient plus the weighted differences of the others from it, in fp32
+    (fp64 for tensors that are stored so), whatever other soups are mixed with it; where all that it
+    is made of are the very same tensor, it is that tensor. The sources are held in memory or read
+    again for each chunk of candidates, in slices; the bits are the same. From a soup that is kept
+    they differ by rounding.
     """
 
     def __init__(self, zoo: Zoo, model: nn.Module, names: Sequence[str]) -> None:
@@ -124,6 +126,7 @@ class Deltas:
         dtype = self.parameters[names[0]].dtype if rounded else compute
         if out is None:
             out = torch.empty(len(columns), flat.numel, dtype=dtype, device=self.device)
+        plain = self._plain(names, columns, group_of)
         used, columns = self._with_soup(columns)
         coefficients = torch.from_numpy(columns[:, used[1:]]).to(self.device, compute)
         step = max(1, SLICE_BYTES // (compute.itemsize * (len(used) + len(columns))))
@@ -136,22 +139,47 @@ class Deltas:
                     Segment(piece.at, piece.at + piece.stop - piece.start, group_of[piece.tensor])
                     for piece in flat.pieces(start, stop)
                 ]
-                mixed = mix(rows[0], rows[1:].sub_(rows[0]), coefficients, segments)
+                mixed = mix(rows[0], rows[1:] - rows[0], coefficients, segments)
+                for piece in flat.pieces(start, stop):
+                    part = slice(piece.at, piece.at + piece.stop - piece.start)
+                    for m, source in plain.get(piece.tensor, ()):
+                        if source in used:  # else it is the kept soup's, and mixed without loss
+                            mixed[m, part] = rows[used.index(source), part]
             out[:, start:stop] = mixed.to(stored) if rounded else mixed
         return out
+
+    def _plain(
+        self,
+        names: Sequence[str],
+        columns: Float64[np.ndarray, "models sources groups"],
+        group_of: Sequence[int],
+    ) -> dict[int, list[tuple[int, int]]]:
+        """Tensor → the models, each with a source, in which it is that source's, unmixed."""
+        members = [[np.flatnonzero(c).tolist() for c in own] for own in columns.swapaxes(1, 2)]
+        return {
+            tensor: [
+                (m, own[group_of[tensor]][0])
+                for m, own in enumerate(members)
+                if self.same(name, own[group_of[tensor]])
+            ]
+            for tensor, name in enumerate(names)
+        }
 
     def _with_soup(
         self, columns: Float64[np.ndarray, "models sources groups"]
     ) -> tuple[list[int], Float64[np.ndarray, "models columns groups"]]:
         """The sources that are used; with the kept soup as one more in place of its own."""
         found = np.flatnonzero(columns.any(axis=(0, 2))).tolist()
+        mixed = (np.count_nonzero(columns, axis=1) > 1).any()
+        # The differences are from the first ingredient, whatever else is mixed.
+        all_read = sorted({0, *found}) if mixed else found
         if self._soup is None or not self._soup.members <= set(found):
-            return found, columns
+            return all_read, columns
         members = sorted(self._soup.members)
         part = self._soup.weights[members][None, :, None]
         times = columns[:, members[:1]] / part[:, :1]
         if not np.allclose(columns[:, members], times * part, rtol=1e-12, atol=0):
-            return found, columns
+            return all_read, columns
         others = [s for s in found if s not in self._soup.members]
         return [len(self.sources), *others], np.concatenate([columns, times], axis=1)
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch.func import functionalize
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -21,7 +23,19 @@ CONSTANTS = {
     aten.ones_like.default: 1,
     aten.zeros_like.default: 0,
 }
-ON_DATA = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.item.default)
+# Methods that hand a tensor's numbers, or its memory, to something other than torch.
+LEAVES_TORCH = (
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.data_ptr,
+    Tensor.item,
+    Tensor.numpy,
+    Tensor.tolist,
+)
+ON_DATA = (
+    "it branches on data, takes a number out of a tensor or hands one to something other than "
+    "torch; compute that outside (masks, for example) and hand it in"
+)
 
 
 class CaptureError(Exception):
@@ -43,8 +57,8 @@ class Value(NamedTuple):
 def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> fx.GraphModule:
     """The graph of `function(*tensors)`, with one placeholder for each tensor.
 
-    Raises CaptureError where the function branches on data, draws random numbers or writes into
-    its arguments, and where it fails.
+    Raises CaptureError where the function depends on data in other ways than through torch, draws
+    random numbers or would write into its arguments (nothing is written), and where it fails.
     """
     try:
         module = _record(function, tensors)
@@ -75,10 +89,25 @@ def _record(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]
     views = [tensor.view(tensor.shape) for tensor in tensors]
     for place, view in enumerate(views):
         recorder.know(view, recorder.graph.placeholder(f"input_{place}"))
-    with recorder:
+    with recorder, _Watch(recorder):
         results = function(*views)
     recorder.graph.output([recorder.node_of(result) for result in results])
     return fx.GraphModule(recorder.root, recorder.graph)
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses what takes the numbers of a tensor that may be another in the next call."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in LEAVES_TORCH and self._recorder.varies(args[0]):
+            raise CaptureError(ON_DATA)
+        return function(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):
@@ -89,6 +118,7 @@ class _Recorder(TorchDispatchMode):
         self.graph, self.root = fx.Graph(), nn.Module()
         self._nodes = WeakTensorKeyDictionary()
         self._varying: set[fx.Node] = set()
+        self._given: set[int] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -101,24 +131,44 @@ class _Recorder(TorchDispatchMode):
                 result = function.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = function(*args, **kwargs)
+        if function is aten.lift_fresh.default:
+            function = aten.clone.default  # the constant stays as it is where the result is written
         mapped = pytree.tree_map_only(Tensor, self.node_of, (args, kwargs))
+        if any(_memory(tensor) in self._given for tensor in _written(function, args, kwargs)):
+            raise CaptureError(f"it writes into its arguments ({function})")
         node = self.graph.call_function(function, *mapped)
         if self._varying.intersection(node.all_input_nodes):
-            if function in ON_DATA:
-                raise CaptureError(
-                    "it branches on data or takes a number out of a tensor; compute that outside "
-                    "(masks, for example) and hand it in"
-                )
+            if self._looks_at_data(node):
+                raise CaptureError(ON_DATA)
             self._varying.add(node)
+        result = function(*args, **kwargs)
+        if node in self._varying and isinstance(result, bool | int | float | complex):
+            raise CaptureError(ON_DATA)
         self._know_results(result, node)
         return result
+
+    def varies(self, tensor: Any) -> bool:
+        """Whether it may be another tensor in the next call."""
+        while is_batchedtensor(tensor):
+            tensor = get_unwrapped(tensor)
+        return self._nodes.get(tensor) in self._varying
+
+    def _looks_at_data(self, node: fx.Node) -> bool:
+        """Whether a number outside of tensors, or a shape, depends on numbers in tensors."""
+        target: Any = node.target
+        if node.target is aten.index.Tensor:
+            masks = [index for index in node.args[1] if _is_mask(index)]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+            return not self._varying.isdisjoint(masks)
+        tags = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
+        return any(tag in target.tags for tag in tags)
 
     def know(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[tensor] = node
         node.meta["value"] = Value(tensor.shape, tensor.dtype, tensor.device)
         if node.op == "placeholder":
             self._varying.add(node)
+        if node.op in ("placeholder", "get_attr"):
+            self._given.add(_memory(tensor))
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that made the tensor; one that nothing made is a constant."""
@@ -158,6 +208,34 @@ def _make_constants(graph: fx.Graph) -> None:
         node.replace_all_uses_with(constant)
 
 
+def _written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation writes into."""
+    named = _named(function, args, kwargs)
+    marks = {a.name: a.alias_info for a in function._schema.arguments}
+    names = [name for name, mark in marks.items() if mark is not None and mark.is_write]
+    if named.get("training") is True or named.get("use_input_stats") is True:
+        names += ["running_mean", "running_var"]  # not marked in the schemas of norms
+    return [
+        leaf
+        for name in names
+        for leaf in pytree.tree_leaves(named.get(name))
+        if isinstance(leaf, Tensor)
+    ]
+
+
+def _named(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [argument.name for argument in function._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, fx.Node) and index.meta["value"].dtype in (torch.bool, torch.uint8)
+
+
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
@@ -171,9 +249,7 @@ def _draws(node: fx.Node) -> bool:
 
 def _without_dropout(node: fx.Node, target: torch._ops.OpOverload) -> bool:
     """Attention is tagged as random, but draws nothing without dropout."""
-    names = [argument.name for argument in target._schema.arguments]
-    if "dropout_p" not in names:
+    if all(argument.name != "dropout_p" for argument in target._schema.arguments):
         return False
-    place = names.index("dropout_p")
-    given = node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+    given = _named(target, node.args, node.kwargs).get("dropout_p", 0.0)
     return isinstance(given, float | int) and given == 0

@@ -26,6 +26,8 @@ def grouped_layer_norm(
     Everything is normalised at once, then scaled and shifted by model; 16 bit types in fp32.
     """
     shape = tuple(normalized_shape)
+    if x.is_cuda and x.dtype in HALVES and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # as autocast has it for torch's
     if all(operand is None or len(operand) == 1 for operand in (weight, bias)):
         return F.layer_norm(x, shape, *(t if t is None else t[0] for t in (weight, bias)), eps=eps)
     wide = torch.float32 if x.dtype in HALVES else x.dtype

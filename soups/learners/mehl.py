@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from merge.coefficients import Coefficients
 from soups.deltas import Mixture, fold_coefficients
 from soups.errors import SoupError
 from soups.learners.descent import soup_loss, warmup_cosine
-from soups.learners.progress import Findings, load_progress, save_progress
+from soups.learners.progress import Findings, Progress, load_progress, save_progress
 from soups.learners.registry import MehlSettings
 from soups.norms import Groups
 from soups.session import Session
@@ -36,6 +37,7 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
     moves by the ingredients themselves, which are read once more. After every block the centre
     and the coefficients over the originals are saved; a killed run goes on from there, bit for bit.
     """
+    begun = perf_counter()
     groups = session.groups(settings)
     checkpoints = session.zoo.checkpoints
     blocks = _blocks(session, settings)
@@ -58,7 +60,7 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
             findings = Findings(nothing, nothing, nothing)
         else:
             matrix, done, findings = saved.matrix, saved.blocks_done, saved.findings
-            _count_done(session, settings, done, findings)
+            _count_done(session, settings, saved)
             bar.update(done * settings.inner_epochs)
         for number, block in enumerate(blocks[done:], start=done):
             mixture.load_block([checkpoints[k] for k in block])
@@ -68,22 +70,21 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
             coefficients = learn.descend(bar)
             matrix = fold_coefficients(matrix, block, coefficients)
             mixture.apply(coefficients)
-            accuracies = {}
+            compressed = None
             if mixture.rounded:
-                last = number + 1 == len(blocks)
-                if last:
-                    accuracies["compressed"] = _accuracy(session, groups, matrix)
+                if number + 1 == len(blocks):
+                    compressed = _accuracy(session, groups, matrix)
                 mixture.apply_originals([checkpoints[k] for k in block], coefficients)
-                if last:
-                    accuracies["originals"] = _accuracy(session, groups, matrix)
             findings = Findings(
                 _larger(findings.coefficient, coefficients.abs().amax(dim=0)),
                 _larger(findings.displacement, mixture.displacement()),
                 _larger(findings.row_error, mixture.row_errors()),
-                accuracies,
+                compressed,
             )
             mixture.fold()
-            save_progress(session.folder, mixture, matrix, number + 1, findings)
+            seconds = session.shared_seconds + perf_counter() - begun
+            progress = Progress(matrix, number + 1, findings, seconds)
+            save_progress(session.folder, mixture, progress)
         row_bytes = mixture.row_bytes
     session.record |= {
         "block_size": capacity,
@@ -93,8 +94,9 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
         "largest_coefficient": findings.coefficient,
         "largest_displacement": findings.displacement,
     }
-    if settings.precision != "fp32":
-        _report_precision(session, findings)
+    soup = session.coefficients(groups, matrix, settings)
+    if findings.compressed is not None:
+        _report_precision(session, findings.compressed, findings.row_error, soup)
     largest = findings.coefficient
     if max(largest.values()) > LARGE_COEFFICIENT:
         log.warning(
@@ -105,12 +107,18 @@ def mehl(session: Session, settings: MehlSettings) -> Coefficients:
             max(largest.values()),
             session.row,
         )
-    return session.coefficients(groups, matrix, settings)
+    return soup
 
 
-def _report_precision(session: Session, findings: Findings) -> None:
-    """Record what holding the rows in fewer bits has changed, and say so."""
-    compressed, originals = findings.accuracies["compressed"], findings.accuracies["originals"]
+def _report_precision(
+    session: Session, compressed: float, row_error: dict[str, float], soup: Coefficients
+) -> None:
+    """Record what holding the rows in fewer bits has changed, and say so.
+
+    The originals are those that are cooked, rounded as they are stored.
+    """
+    session.load(soup)
+    originals = session.accuracy()
     log.info(
         "%s: %.2f%% on *select* with the rows as they were held, %.2f%% with the originals",
         session.row,
@@ -118,7 +126,7 @@ def _report_precision(session: Session, findings: Findings) -> None:
         100 * originals,
     )
     session.record |= {
-        "largest_row_error": findings.row_error,
+        "largest_row_error": row_error,
         "compressed_select_accuracy": compressed,
         "originals_select_accuracy": originals,
         "originals_minus_compressed": originals - compressed,
@@ -220,8 +228,10 @@ def _blocks(session: Session, settings: MehlSettings) -> list[list[int]]:
     return blocks
 
 
-def _count_done(session: Session, settings: MehlSettings, blocks: int, findings: Findings) -> None:
-    examples = blocks * settings.inner_epochs * len(session.select)
-    session.examples_forward += examples + len(findings.accuracies) * len(session.select)
-    session.examples_backward += examples
+def _count_done(session: Session, settings: MehlSettings, saved: Progress) -> None:
+    blocks, passes = saved.blocks_done, saved.blocks_done * settings.inner_epochs
+    evaluated = saved.findings.compressed is not None
+    session.examples_forward += (passes + evaluated) * len(session.select)
+    session.examples_backward += passes * len(session.select)
+    session.shared_seconds += saved.seconds
     session.steps += blocks * settings.inner_epochs * -(-len(session.select) // settings.batch_size)

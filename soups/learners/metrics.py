@@ -8,9 +8,11 @@ import numpy as np
 from jaxtyping import Float64, Int
 from torch import Tensor
 
+from inputs.data import ImageSet
 from soups.evaluate import Scores
 from soups.learners.registry import Metric
 
+Summary = Callable[[Scores, ImageSet], Float64[np.ndarray, "candidates values"]]
 Measure = Callable[[Scores, Int[Tensor, " rows"]], Float64[np.ndarray, " candidates"]]
 
 
@@ -37,3 +39,27 @@ METRICS: dict[Metric, Measure] = {
     "loss": negative_loss,
     "worst_class": worst_class,
 }
+
+
+def judged_by(metric: Metric) -> Summary:
+    """What a search is told of a candidate: the metric, minus the loss, the accuracy.
+
+    What is not a number counts as the worst.
+    """
+
+    def summary(scores: Scores, images: ImageSet) -> Float64[np.ndarray, "candidates 3"]:
+        values = METRICS[metric](scores, images.labels), -scores.mean_losses, scores.accuracies
+        return np.nan_to_num(np.stack(values, axis=1), nan=-np.inf, neginf=-np.inf)
+
+    return summary
+
+
+def best_first(values: Float64[np.ndarray, "candidates values"]) -> list[int]:
+    """Candidates by their first value, the largest first; ties by the second, then by place."""
+    return np.lexsort((-values[:, 1], -values[:, 0])).tolist()
+
+
+def described(values: Float64[np.ndarray, " values"]) -> dict[str, float]:
+    """One row of `judged_by` for the run record; `score` is the metric, larger is better."""
+    score, negative_loss, accuracy = values.tolist()
+    return {"score": score, "loss": -negative_loss, "accuracy": accuracy}

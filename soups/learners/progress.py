@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,36 +20,40 @@ class Findings:
     """What the blocks so far have shown, for each group: the largest `coefficient` of any block,
     its `displacement` and, of compressed rows, their `row_error`.
 
-    `accuracies` on *select* are known after the last block where rows are compressed: `compressed`
-    is that of the weights which the block was learned on, `originals` that of the same
-    coefficients over the originals.
+    `compressed`, after the last block where rows are compressed, is the accuracy on *select* of the
+    weights which that block was learned on.
     """
 
     coefficient: dict[str, float]
     displacement: dict[str, float]
     row_error: dict[str, float]
-    accuracies: dict[str, float] = field(default_factory=dict)
+    compressed: float | None = None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Coefficients over the originals [ingredients, groups] after a number of blocks."""
+    """Coefficients over the originals [ingredients, groups] after some blocks and seconds."""
 
     matrix: np.ndarray
     blocks_done: int
     findings: Findings
+    seconds: float
 
 
-def save_progress(
-    folder: Path, mixture: Mixture, matrix: np.ndarray, blocks_done: int, findings: Findings
-) -> None:
-    """Write the state beside the old one and rename it, so that one of the two is always whole."""
+def save_progress(folder: Path | None, mixture: Mixture, progress: Progress) -> None:
+    """Write the state beside the old one and rename it, so that one of the two is always whole.
+
+    Without a folder nothing is written.
+    """
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    report = json.dumps(asdict(findings)).encode()
+    report = json.dumps(asdict(progress.findings)).encode()
     tensors = {
         "centre": mixture.centre.cpu(),
-        "matrix": torch.from_numpy(matrix),
-        "blocks_done": torch.tensor(blocks_done),
+        "matrix": torch.from_numpy(progress.matrix),
+        "blocks_done": torch.tensor(progress.blocks_done),
+        "seconds": torch.tensor(progress.seconds, dtype=torch.float64),
         "report": torch.frombuffer(bytearray(report), dtype=torch.uint8),
     }
     infos = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
@@ -58,9 +62,9 @@ def save_progress(
             writer.write(name, tensor)
 
 
-def load_progress(folder: Path, mixture: Mixture) -> Progress | None:
+def load_progress(folder: Path | None, mixture: Mixture) -> Progress | None:
     """The saved state, its centre put into `mixture`; None where there is none."""
-    if not (folder / FILE).exists():
+    if folder is None or not (folder / FILE).exists():
         return None
     with open_checkpoint(folder / FILE) as state:
         state.read("centre", out=mixture.centre)
@@ -69,4 +73,5 @@ def load_progress(folder: Path, mixture: Mixture) -> Progress | None:
             matrix=state.read("matrix").numpy(),
             blocks_done=int(state.read("blocks_done")),
             findings=Findings(**report),
+            seconds=float(state.read("seconds")),
         )

@@ -1,11 +1,13 @@
 """Learner name → its settings and where its function lives; imports no torch.
 
 A new learner is a settings class here, with its name as `type`, a row in LEARNERS, and a function
-`(session, settings) -> Coefficients`.
+`(session, settings) -> Coefficients`. What it will cost is planned from its `effort`, for learners
+by gradient descent in `soups.plan`.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,28 +22,76 @@ Precision = Literal["fp32", "bf16", "int8", "int4", "sign"]
 Metric = Literal["accuracy", "loss", "worst_class"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+# Winners on different images cannot be compared: so many of the last are scored again.
+FINALISTS = 16
 
-class BestSingle(Settings):
+
+@dataclass(frozen=True)
+class Effort:
+    """What a learner that scores candidates does at most, or about where the scores decide.
+
+    `candidates` on `examples` images in all, `at_once` of them in one call; `reads` sources, where
+    they are not held in memory. `scored`: whether it asks for the ingredients' own accuracies.
+    """
+
+    candidates: int = 0
+    examples: int = 0
+    at_once: int = 0
+    reads: int = 0
+    scored: bool = False
+
+    def __add__(self, other: Effort) -> Effort:
+        return Effort(
+            self.candidates + other.candidates,
+            self.examples + other.examples,
+            max(self.at_once, other.at_once),
+            self.reads + other.reads,
+            self.scored or other.scored,
+        )
+
+
+class Scoring(Settings):
+    """What learners that score candidates, or nothing, share."""
+
+    @abstractmethod
+    def effort(self, ingredients: int, select: int) -> Effort:
+        """What it does with so many ingredients and images."""
+        raise NotImplementedError
+
+
+class BestSingle(Scoring):
     """The ingredient with the best accuracy on *select*."""
 
     type: Literal["best_single"] = "best_single"
 
+    def effort(self, ingredients: int, select: int) -> Effort:
+        return Effort(scored=True)
 
-class Uniform(Settings):
+
+class Uniform(Scoring):
     """The plain mean of all ingredients (2203.05482)."""
 
     type: Literal["uniform"] = "uniform"
 
+    def effort(self, ingredients: int, select: int) -> Effort:
+        return Effort()
 
-class Greedy(Settings):
+
+class Greedy(Scoring):
     """Greedy soup (2203.05482, recipe 1): ingredients in order of accuracy on *select*, each kept
     if accuracy on *select* does not fall (`ge`, as published) or rises (`gt`)."""
 
     type: Literal["greedy"] = "greedy"
     accept: Literal["gt", "ge"] = "ge"
 
+    def effort(self, ingredients: int, select: int) -> Effort:
+        # Some are scored ahead for nothing.
+        trials = ingredients - 1 + (ingredients - 1) // 2
+        ahead = 1 + (ingredients - 1) // 2
+        return Effort(trials, trials * select, ahead, 2 * trials, scored=True)
 
-class WiseFT(Settings):
+
+class WiseFT(Scoring):
     """WiSE-FT (2109.01903): the line from the base to a soup; the best `alpha` on *select* wins."""
 
     type: Literal["wise_ft"] = "wise_ft"
@@ -49,6 +99,11 @@ class WiseFT(Settings):
     alphas: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = [
         i / 10 for i in range(11)
     ]
+
+    def effort(self, ingredients: int, select: int) -> Effort:
+        soup = Greedy().effort(ingredients, select) if self.soup == "greedy" else Effort()
+        alphas = len(self.alphas)
+        return soup + Effort(alphas, alphas * select, alphas, ingredients + 1)
 
 
 class Descent(Settings):
@@ -111,7 +166,7 @@ class MehlLayerwise(MehlSettings):
     groups: Grouping | ByteSize = "tensor"
 
 
-class GreedyFull(Settings):
+class GreedyFull(Scoring):
     """Selection over all ingredients at each step, forward and backward, chosen by cross-fitting.
 
     Walks of single additions and removals are found on all folds of *select* but one, `patience`
@@ -127,20 +182,48 @@ class GreedyFull(Settings):
     replacement: bool = False
     patience: PositiveInt = 3
 
+    def effort(self, ingredients: int, select: int) -> Effort:
+        # Two walks for each fold and one for all, of three moves and those that found nothing more,
+        # and greedy's; without replacement they share the subsets, which may be few.
+        views, moves = self.folds + 1, 3 + self.patience
+        around = ingredients * (2 if self.replacement else 1)
+        at_once = max(ingredients + 1, views * (2 * around + 1))
+        candidates = ingredients + 1 + views * (2 * moves * around + ingredients - 1)
+        if not self.replacement:
+            at_once, candidates = (min(n, 2**ingredients - 1) for n in (at_once, candidates))
+        return Effort(candidates, candidates * select, at_once, (2 * moves + 1) * ingredients)
 
-class Search(Settings):
+
+class Search(Scoring):
     """What learners that only score candidates share.
 
     They make `metric` best on *select* (of equals, the one with the lower loss), from `start`, on
-    the hyperplane of coefficients that sum to one within `bounds`. `images`: how many of *select*
-    a generation or step sees; what is returned is chosen on all of it and never worse than `start`.
+    the hyperplane of coefficients that sum to one. `images`: how many of *select* a generation or
+    step sees; what is returned is chosen on all of it and never worse than `start`.
     """
 
     groups: Grouping | ByteSize = "model"
     metric: Metric = "loss"
     start: Literal["uniform", "greedy"] = "uniform"
-    bounds: tuple[float, float] = (-0.5, 1.5)
     images: PositiveInt | None = None
+
+    def passes(self, ingredients: int, select: int, count: int, population: int) -> Effort:
+        """The start, so many populations, and the finalists on all of *select*."""
+        start = Greedy().effort(ingredients, select) if self.start == "greedy" else Effort()
+        seen = min(self.images or select, select)
+        finalists = 3 if seen == select else FINALISTS + 2
+        return start + Effort(
+            count * population + finalists,
+            count * population * seen + finalists * select,
+            max(population, finalists),
+            (count + 1) * ingredients,
+        )
+
+
+class BoundedSearch(Search):
+    """A search among coefficients within `bounds`."""
+
+    bounds: tuple[float, float] = (-0.5, 1.5)
 
     @field_validator("bounds")
     @classmethod
@@ -163,8 +246,19 @@ class RandomSearch(Search):
     concentration: tuple[PositiveFloat, PositiveFloat] = (0.05, 20.0)
     local: Annotated[float, Field(ge=0, le=1)] = 0.5
 
+    @field_validator("concentration")
+    @classmethod
+    def _from_low_to_high(cls, concentration: tuple[float, float]) -> tuple[float, float]:
+        if concentration[0] > concentration[1]:
+            raise ValueError("the first must be at most the second: from sparse to dense")
+        return concentration
 
-class CmaEs(Search):
+    def effort(self, ingredients: int, select: int) -> Effort:
+        count = -(-self.evaluations // self.population)
+        return self.passes(ingredients, select, count, self.population)
+
+
+class CmaEs(BoundedSearch):
     """CMA-ES (1604.00772); its diagonal form where the coefficients are many.
 
     `sigma` is the distance of the first candidates from the start, in each group; 1 is that of an
@@ -179,8 +273,12 @@ class CmaEs(Search):
     covariance: Literal["auto", "full", "diagonal"] = "auto"
     tolerance: NonNegativeFloat = 1e-3
 
+    def effort(self, ingredients: int, select: int) -> Effort:
+        count = -(-self.evaluations // self.population)
+        return self.passes(ingredients, select, count, self.population)
 
-class ZerothOrder(Search):
+
+class ZerothOrder(BoundedSearch):
     """Descent along two-point differences in random directions (SPSA; MeZO, 2305.17333).
 
     All candidates of a step, two for each direction, at distance `epsilon` in each group, are one
@@ -194,6 +292,9 @@ class ZerothOrder(Search):
     epsilon: PositiveFloat = 0.1
     lr: PositiveFloat = 0.02
     optimizer: Literal["adam", "sgd"] = "adam"
+
+    def effort(self, ingredients: int, select: int) -> Effort:
+        return self.passes(ingredients, select, self.steps, 2 * self.directions)
 
 
 LearnerSettings = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -14,16 +14,12 @@ from jaxtyping import Float64
 from inputs.data import ImageSet
 from inputs.files import write_whole
 from inputs.randomness import generator
-from soups.evaluate import Scores
-from soups.learners.metrics import METRICS
-from soups.learners.registry import Metric
+from soups.learners.metrics import Summary
 from soups.norms import Groups
 from soups.session import Session
 
 FILE = "scores.npz"
 DIGEST_BYTES = 32
-
-Summary = Callable[[Scores, ImageSet], Float64[np.ndarray, "candidates values"]]
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +30,13 @@ class ScoreLog:
     A search is a function of its seed and of the scores that it is given. So its state is the
     scores so far: a run that goes on proposes the same candidates again and is told their scores
     from the file, until it comes to a pass that was not finished. A pass is known by its place and
-    by a hash of its candidates and images.
+    by a hash of its candidates and images. Without a folder there is no file.
     """
 
     def __init__(self, session: Session, groups: Groups, summary: Summary) -> None:
         self._session, self._groups, self._summary = session, groups, summary
-        self._path = session.folder / FILE
-        self._digests, self._values = self._read()
+        self._path = session.folder / FILE if session.folder is not None else None
+        self._digests, self._values, self._seconds = self._read()
         self._done = 0
         self.candidates = 0
 
@@ -54,10 +50,12 @@ class ScoreLog:
         digest = _digest(candidates, images)
         self.candidates += len(candidates)
         if self._done < len(self._digests) and self._digests[self._done] == digest:
-            self._session.examples_forward += len(candidates) * len(images)
+            self._session.skip(candidates, self._groups, images, self._seconds[self._done])
         else:
             self._forget_the_rest()
+            start = perf_counter()
             scores = self._session.evaluate(candidates, self._groups, images)
+            self._seconds.append(perf_counter() - start)
             self._digests.append(digest)
             self._values.append(self._summary(scores, images))
             self._write()
@@ -72,50 +70,32 @@ class ScoreLog:
                 self._done + 1,
                 self._path,
             )
-            del self._digests[self._done :], self._values[self._done :]
+            for known in (self._digests, self._values, self._seconds):
+                del known[self._done :]
 
-    def _read(self) -> tuple[list[bytes], list[np.ndarray]]:
-        if not self._path.exists():
-            return [], []
+    def _read(self) -> tuple[list[bytes], list[np.ndarray], list[float]]:
+        if self._path is None or not self._path.exists():
+            return [], [], []
         with np.load(self._path, allow_pickle=False) as state:
             ends = np.cumsum(state["counts"])[:-1]
-            return [row.tobytes() for row in state["digests"]], np.split(state["values"], ends)
+            values = np.split(state["values"], ends)
+            digests = [row.tobytes() for row in state["digests"]]
+            return digests, values, state["seconds"].tolist()
 
     def _write(self) -> None:
+        if self._path is None:
+            return
         file = io.BytesIO()
         digests = np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, DIGEST_BYTES)
         counts = [len(values) for values in self._values]
-        np.savez(file, digests=digests, counts=counts, values=np.concatenate(self._values))
+        values = np.concatenate(self._values)
+        np.savez(file, digests=digests, counts=counts, values=values, seconds=self._seconds)
         write_whole(self._path, file.getvalue())
 
 
 def _digest(candidates: np.ndarray, images: ImageSet) -> bytes:
     labels = images.labels.numpy().tobytes()
     return hashlib.sha256(np.ascontiguousarray(candidates).tobytes() + labels).digest()
-
-
-def judged_by(metric: Metric) -> Summary:
-    """What a search is told of a candidate: the metric, minus the loss, the accuracy.
-
-    What is not a number counts as the worst.
-    """
-
-    def summary(scores: Scores, images: ImageSet) -> Float64[np.ndarray, "candidates 3"]:
-        values = METRICS[metric](scores, images.labels), -scores.mean_losses, scores.accuracies
-        return np.nan_to_num(np.stack(values, axis=1), nan=-np.inf, neginf=-np.inf)
-
-    return summary
-
-
-def best_first(values: Float64[np.ndarray, "candidates values"]) -> list[int]:
-    """Candidates by their first value, the largest first; ties by the second, then by place."""
-    return np.lexsort((-values[:, 1], -values[:, 0])).tolist()
-
-
-def described(values: Float64[np.ndarray, " values"]) -> dict[str, float]:
-    """One row of `judged_by` for the run record; `score` is the metric, larger is better."""
-    score, negative_loss, accuracy = values.tolist()
-    return {"score": score, "loss": -negative_loss, "accuracy": accuracy}
 
 
 def some_of_select(session: Session, count: int | None, name: str) -> ImageSet:

@@ -7,21 +7,12 @@ from tqdm.auto import tqdm
 
 from inputs.randomness import generator
 from merge.coefficients import Coefficients
-from soups.learners.registry import CmaEs, Greedy, RandomSearch, Search
+from soups.learners.metrics import best_first, described, judged_by
+from soups.learners.registry import FINALISTS, CmaEs, Greedy, RandomSearch, Search
 from soups.learners.samplers import Evolution, Matrix, Population, RandomSoups
-from soups.learners.score_log import (
-    ScoreLog,
-    best_first,
-    described,
-    judged_by,
-    numpy_generator,
-    some_of_select,
-)
+from soups.learners.score_log import ScoreLog, numpy_generator, some_of_select
 from soups.learners.selection import greedy_members
 from soups.session import Session
-
-# Winners on different images cannot be compared: so many of the last are scored again.
-FINALISTS = 16
 
 
 def random_search(session: Session, settings: RandomSearch) -> Coefficients:

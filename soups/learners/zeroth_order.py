@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 from merge.coefficients import Coefficients
 from soups.learners.descent import warmup_cosine
 from soups.learners.hyperplane import Hyperplane
+from soups.learners.metrics import described, judged_by
 from soups.learners.registry import ZerothOrder
-from soups.learners.score_log import ScoreLog, described, judged_by, numpy_generator, some_of_select
+from soups.learners.score_log import ScoreLog, numpy_generator, some_of_select
 from soups.learners.search import best_on_select, starting_point
 from soups.session import Session
 

@@ -140,7 +140,7 @@ def test_a_users_own_module(kind, caplog):
 
 def test_writing_in_place_into_what_all_models_share(caplog):
     group = assert_replays(models_of(InPlace), numbers(5, 4), quiet=True, caplog=caplog)
-    assert group._ways[0] == group._together_throughout
+    assert set(group._ways.values()) == {1}
 
 
 def test_writing_in_place_has_the_gradients_of_the_loop():
@@ -212,6 +212,26 @@ def test_few_kinds_of_input_are_kept():
         for size in range(1, 20):
             group(numbers(size, 4))
     assert len(group._captured) == 8
+
+
+def test_prepared_weights_are_kept_for_one_kind_of_input_where_they_are_large(monkeypatch):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight.exp())
+
+    torch.manual_seed(0)
+    models = [Scaled(4, 3, bias=False).double().eval() for _ in range(3)]
+    group = Group.of(models)
+    small, large = numbers(2, 4), numbers(5, 4)
+    with torch.no_grad():
+        for x in (small, large):
+            for _ in range(3):
+                group(x)
+        assert group.kept_bytes == 2 * 3 * 4 * 3 * 8
+        monkeypatch.setattr("fleet.group.SMALL_BYTES", 0)
+        for x in (small, large, small):
+            torch.testing.assert_close(group(x), loop(models, x), rtol=1e-10, atol=0)
+            assert group.kept_bytes == 3 * 4 * 3 * 8
 
 
 def shared_prefix(models, names):
@@ -343,7 +363,7 @@ def test_the_models_own_error_is_what_is_seen(caplog):
             group(numbers(5, 3))
         group(numbers(5, 4))
     assert not caplog.records
-    assert group._ways[0] == group._together
+    assert set(group._ways.values()) == {0}
 
 
 def test_hooks_are_not_skipped(caplog):

@@ -36,10 +36,16 @@ def fails(match: str, make, *args, **kwargs) -> None:
 
 
 def test_models_of_other_architectures():
-    fails(r"'0\.weight' is \[4, 1, 3, 3\].* in model 0 and \[5, 1, 3, 3\].* in model 2",
-          Group.of, nets({}, {}, {"width": 5}))  # fmt: skip
-    fails("'0' is Conv2d.*in model 0 and Conv2d.*stride=\\(2, 2\\).*in model 1",
-          Group.of, nets({}, {"stride": 2}))  # fmt: skip
+    fails(
+        r"'0\.weight' is \[4, 1, 3, 3\].* in model 0 and \[5, 1, 3, 3\].* in model 2",
+        Group.of,
+        nets({}, {}, {"width": 5}),
+    )
+    fails(
+        "'0' is Conv2d.*in model 0 and Conv2d.*stride=\\(2, 2\\).*in model 1",
+        Group.of,
+        nets({}, {"stride": 2}),
+    )
     extra = nets({})[0]
     extra.append(nn.ReLU())
     fails("'5' is nothing in model 0 and ReLU", Group.of, [nets({})[0], extra])
@@ -98,26 +104,47 @@ def test_shapes_dtypes_and_numbers_of_models():
     )
     fails(r"wanted a leading axis of models", Group, model, {"1.bias": torch.zeros(())})
     fails(r"wanted a leading axis of models", Group, model, {"1.bias": torch.zeros(0, 4)})
-    fails(r"'1\.bias' is torch.float64, the model's own is torch.float32",
-          Group, model, tensors | {"1.bias": torch.zeros(2, 4).double()})  # fmt: skip
-    fails(r"'1\.weight' is \[5\], wanted \[4\]",
-          Group, model, {"0.bias": torch.zeros(2, 4)}, shared={"1.weight": torch.zeros(5)})  # fmt: skip
-    fails(r"'0\.bias' is on meta, '1\.bias' is on cpu",
-          Group, model, {"1.bias": torch.zeros(2, 4), "0.bias": torch.zeros(2, 4, device="meta")})  # fmt: skip
+    fails(
+        r"'1\.bias' is torch.float64, the model's own is torch.float32",
+        Group,
+        model,
+        tensors | {"1.bias": torch.zeros(2, 4).double()},
+    )
+    fails(
+        r"'1\.weight' is \[5\], wanted \[4\]",
+        Group,
+        model,
+        {"0.bias": torch.zeros(2, 4)},
+        shared={"1.weight": torch.zeros(5)},
+    )
+    fails(
+        r"'0\.bias' is on meta, '1\.bias' is on cpu",
+        Group,
+        model,
+        {"1.bias": torch.zeros(2, 4), "0.bias": torch.zeros(2, 4, device="meta")},
+    )
 
 
 def test_tied_tensors_that_differ():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    fails("'1.weight' and '0.weight' are one tensor",
-          Group, model, {"0.weight": torch.zeros(2, 3, 3), "1.weight": torch.ones(2, 3, 3)})  # fmt: skip
+    fails(
+        "'1.weight' and '0.weight' are one tensor",
+        Group,
+        model,
+        {"0.weight": torch.zeros(2, 3, 3), "1.weight": torch.ones(2, 3, 3)},
+    )
 
 
 def test_inputs_without_a_model_axis():
     (model,) = nets({})
     group = Group(model, stacked(model))
-    fails(r"an input is \[3, 1, 6, 6\], wanted a leading axis of 2 models",
-          group, torch.zeros(3, 1, 6, 6), each=True)  # fmt: skip
+    fails(
+        r"an input is \[3, 1, 6, 6\], wanted a leading axis of 2 models",
+        group,
+        torch.zeros(3, 1, 6, 6),
+        each=True,
+    )
 
 
 def test_training_with_dropout():

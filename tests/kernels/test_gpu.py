@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import ops, reference
-from kernels.segments import Segment
-from kernels.storage import Rows, fine_segments
+from kernels.segments import Segment, fine_segments
+from kernels.storage import Rows
 from tests.kernels.triton.agreement import assert_agree
 
 pytestmark = [

@@ -141,6 +141,9 @@ def test_bf16_rounds_no_worse_than_the_loop():
         ((3, 1, 4, 5, 5), (3, 8, 4, 3, 3), (3, 4), {}, r"bias \[3, 4\]"),
         ((3, 1, 4, 5, 5), (3, 8, 4, 3, 3), None, {"padding": "full"}, "padding 'full'"),
         ((3, 1, 4, 5, 5), (3, 8, 4, 3, 3), None, {"padding": "same", "stride": 2}, "stride"),
+        ((3, 1, 4, 5, 5), (3, 8, 4, 3, 3), None, {"stride": (1,)}, r"stride \(1,\); .* a pair"),
+        ((3, 1, 4, 5, 5), (3, 8, 4, 3, 3), None, {"padding": (1,)}, r"padding \(1,\)"),
+        ((3, 1, 4, 5, 5), (3, 8, 4, 3, 3), None, {"dilation": (1, 1, 1)}, r"dilation \(1, 1, 1\)"),
     ],
 )
 def test_operands_that_do_not_fit(x, weight, bias, settings, message):

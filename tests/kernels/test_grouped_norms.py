@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import grouped_batch_norm, grouped_layer_norm, reference
+from kernels.cpu import norms
 from kernels.errors import KernelError
 from tests.kernels.grouped import (
     SHARED,
@@ -54,6 +56,20 @@ def test_normalisation_takes_half_activations_with_float32_parameters():
     statistics = weight, weight.abs(), weight, weight
     for training in (False, True):
         assert grouped_batch_norm(x, *statistics, training=training).dtype == torch.bfloat16
+
+
+def test_layer_norm_under_autocast_on_cuda_gives_float32_as_torch_does():
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 8, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(2, 8, device="cuda")
+        assert norms.grouped_layer_norm(x, (8,), weight).dtype == torch.bfloat16
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            wanted = torch.nn.functional.layer_norm(x, (8,), weight[0])
+            found = norms.grouped_layer_norm(x, (8,), weight, weight)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert found.dtype == wanted.dtype == torch.float32
 
 
 IMAGES = [(2, 5), (1, 5), (3, 5, 4), (2, 5, 4, 3), (1, 5, 1, 1), (2, 5, 2, 3, 2)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import (
     KernelError,
@@ -23,6 +24,7 @@ from kernels import (
     row_norms,
 )
 from kernels.cpu import mixing as cpu_mixing
+from kernels.mixing import tiles
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4", "sign")
 GROUPS = [
@@ -287,6 +289,14 @@ def test_gradients_of_mixed_linear_with_stored_rows():
         close(mine, theirs)
 
 
+def test_one_tile_on_cuda():
+    with FakeTensorMode():
+        anchor = torch.empty(5000, 1000, device="cuda")
+    assert tiles(anchor, 8) == [(0, 5000)]
+    assert tiles(anchor[:0], 8) == []
+    assert len(tiles(torch.empty(5000, 1000, device="meta"), 8)) > 1
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -308,6 +318,10 @@ ANCHOR, DELTAS = torch.zeros(10), torch.zeros(3, 10)
         ((ANCHOR[:9], DELTAS, torch.zeros(2, 3)), r"anchor has shape \[9\], the deltas have 10"),
         ((ANCHOR, DELTAS, torch.zeros(2, 4)), r"\[2, 4\], wanted \[models, 3\] or"),
         ((ANCHOR, DELTAS, torch.zeros(3)), r"\[3\], wanted \[models, 3\]"),
+        (
+            (ANCHOR, DELTAS[0], torch.zeros(2, 10)),
+            r"deltas \[10\] .*wanted \[ingredients, weights\]",
+        ),
         ((ANCHOR, DELTAS, torch.zeros(2, 3, 2)), "found 2 groups and no segments"),
         ((ANCHOR, DELTAS, torch.zeros(2, 3).long()), r"torch.int64 on cpu, wanted floating"),
         ((ANCHOR, DELTAS.int(), torch.zeros(2, 3)), "deltas has type torch.int32"),
@@ -358,6 +372,16 @@ def test_out_that_does_not_fit_is_refused():
     with pytest.raises(KernelError, match="out overlaps the anchor with 2 models"):
         mix(memory[15:], DELTAS, coefficients, out=memory[:20].view(2, 10))
     mix(memory[:5], DELTAS[:, :5], coefficients, out=memory[5:15].view(2, 5))
+    strided = row_values(3, 10)
+    for k in range(3):
+        with pytest.raises(KernelError, match="out overlaps the deltas, wanted memory of its own"):
+            mix(ANCHOR, strided, coefficients[:1], out=strided[k : k + 1])
+    stored = Rows.of(DELTAS, "fp32")
+    with pytest.raises(KernelError, match="out overlaps the deltas"):
+        mix(ANCHOR, stored, coefficients, out=stored.codes[1:])
+    factors = torch.zeros(10, 10)
+    with pytest.raises(KernelError, match="out overlaps the coefficients"):
+        mix(ANCHOR, torch.zeros(10, 10), factors, out=factors)
     with pytest.raises(KernelError, match="out= and an operand that requires a gradient"):
         mix(ANCHOR, DELTAS, coefficients.requires_grad_(), out=torch.zeros(2, 10))
 
@@ -368,6 +392,14 @@ def test_other_operations_refuse_what_does_not_fit():
         delta_dot(DELTAS, torch.zeros(2, 9))
     with pytest.raises(KernelError, match=r"group < 1 \(the groups\)"):
         row_norms(DELTAS, [Segment(0, 10, 1)], 1)
+    with pytest.raises(
+        KernelError, match=r"row_norms: found deltas \[3, 10\] of torch.int32, want"
+    ):
+        row_norms(DELTAS.int(), [Segment(0, 10, 0)], 1)
+    with pytest.raises(
+        KernelError, match=r"delta_dot: found deltas \[10\] .*\[ingredients, weights"
+    ):
+        delta_dot(DELTAS[0], torch.zeros(2, 10))
     x, anchor, deltas = torch.zeros(2, 1, 2), ANCHOR.view(5, 2), DELTAS.view(3, 5, 2)
     coefficients = torch.zeros(2, 3)
     with pytest.raises(KernelError, match=r"wanted \[out, in\], \[rows, out, in\]"):

@@ -45,6 +45,14 @@ def test_one_coefficient_for_all_weights(deltas):
     torch.testing.assert_close(reference.mix(anchor, deltas.float(), coefficients), wanted)
 
 
+def test_an_empty_segment_inside_of_another_changes_nothing():
+    anchor, deltas, coefficients = torch.randn(9), torch.randn(3, 9), torch.randn(2, 3, 2)
+    whole = [Segment(1, 8, 0)]
+    wanted = reference.mix(anchor, deltas, coefficients, whole)
+    found = reference.mix(anchor, deltas, coefficients, [*whole, Segment(5, 5, 1)])
+    assert torch.equal(found, wanted)
+
+
 def test_mix_and_delta_dot_are_each_others_gradients(deltas):
     anchor = torch.randn(101, dtype=torch.float64, requires_grad=True)
     coefficients = torch.randn(2, len(deltas), 3, dtype=torch.float64, requires_grad=True)

@@ -204,6 +204,22 @@ def test_a_part_is_written_without_touching_its_neighbours(precision):
     assert torch.equal(rows.unpack(), wanted)
 
 
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (8, 32), (16, 40)])
+def test_a_part_that_shares_a_scale_is_not_written(precision, start, stop):
+    torch.manual_seed(0)
+    segments = [Segment(0, 13, 0), Segment(13, 32, 0), Segment(32, 40, 0)]
+    rows = Rows.of(torch.randn(2, 40), precision, segments)
+    before = rows.unpack()
+    for part in (rows.part(start, stop), rows[1:].part(start, stop).part(0, stop - start)):
+        with pytest.raises(KernelError, match=r"row 0: found a part that cuts .*fine_segments"):
+            part.write(0, torch.ones(stop - start))
+    assert torch.equal(rows.unpack(), before)
+    rows.part(16, 40).part(16, 24).write(0, before[1, 32:])
+    assert torch.equal(rows.unpack()[:, :32], before[:, :32])
+    rows.part(40, 40).write(0, before[0, 40:])
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rows_of_other_types_and_strides(precision):
     torch.manual_seed(0)
@@ -246,8 +262,20 @@ def test_values_that_are_not_finite_are_refused_with_their_place(precision, bad)
 
 
 def test_what_fp16_cannot_hold_is_refused():
-    with pytest.raises(KernelError, match="7e\\+04, the largest that fp16 holds is 65504"):
+    with pytest.raises(KernelError, match="70000, the largest that fp16 holds is 65504"):
         Rows.of(torch.full((1, 3), -7e4), "fp16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", *QUANTISED])
+def test_what_the_storage_or_its_scale_cannot_hold_is_refused(precision):
+    with pytest.raises(KernelError, match=f"1e\\+39, the largest that {precision} holds is 3\\."):
+        Rows.of(torch.tensor([[1.0, -1e39]], dtype=torch.float64), precision)
+    largest = torch.finfo(torch.float32 if precision == "fp32" else torch.bfloat16).max
+    values = torch.tensor([[largest, -largest, 1.0]])
+    assert Rows.of(values, precision).unpack().isfinite().all()
+    if precision != "fp32":
+        with pytest.raises(KernelError, match=f"3.4028e\\+38, .* {precision}"):
+            Rows.of(torch.tensor([[3.4028e38]]), precision)
 
 
 @pytest.mark.parametrize(

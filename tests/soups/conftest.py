@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from inputs.data import load_learning_data
+from merge.checkpoints import Checkpoint
 from soups.config import LearnConfig
 from soups.pipeline import open_run
 from soups.session import Session
@@ -84,3 +85,11 @@ def open_session(kitchen: Path, folder: Path, **changes) -> Session:
         config, folder, torch.device("cpu"), root=kitchen, fresh=False, progress=False
     )
     return opened.session
+
+
+def load_checkpoint(session: Session, checkpoint: Checkpoint) -> None:
+    """Give the session's model a checkpoint's own weights and buffers."""
+    for name, tensor in session.model.state_dict().items():
+        stored = session.zoo.stored(checkpoint, name)
+        if stored and name not in session.zoo.preflight.carried:
+            tensor.detach().copy_(checkpoint.read(stored))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soups.barrier import Midpoint, probe_midpoints
-from tests.soups.conftest import open_session
+from tests.soups.conftest import load_checkpoint, open_session
 
 
 def other_basin(file: Path, out: Path) -> None:
@@ -35,7 +35,7 @@ def test_silent_where_all_come_from_one_base(kitchen: Path, tmp_path: Path):
     midpoints = probe_midpoints(session)
     assert [m.name for m in midpoints] == ["00", "01", "02", "03", "04"]
     assert [m.warning for m in midpoints] == [None] * 5
-    session.load_checkpoint(session.zoo.checkpoints[2])
+    load_checkpoint(session, session.zoo.checkpoints[2])
     assert midpoints[2].ingredient == session.accuracy(session.probe(1024))
 
 

@@ -1,6 +1,7 @@
 """The weights of many candidates: as cooked, read once, shared where they agree."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from soups.session import Session
 from tests.soups.conftest import open_session
 
 
-def draw(session: Session, grouping: str, count: int, *, seed: int = 0, rest: float = 0.0):
+def draw(session: Session, grouping: Any, count: int, *, seed: int = 0, rest: float = 0.0):
     """Groups, and candidates around the simplex whose columns leave `rest` to the base."""
     groups = session.groups(MehlLayerwise(groups=grouping))
     draws = np.random.default_rng(seed)
@@ -198,6 +199,21 @@ def test_what_is_frozen_in_the_zoo_is_shared(kitchen: Path, tmp_path: Path):
     assert {"0.weight", "1.bias"} <= set(weights.shared)
     assert weights.shared["0.weight"].equal(first["0.weight"])
     assert "1.weight" in weights.stacked
+
+
+def test_the_bits_of_a_soup_do_not_depend_on_what_else_is_mixed(kitchen: Path, tmp_path: Path):
+    session = open_session(kitchen, tmp_path)
+    groups = session.whole_model()
+    matrices = np.zeros((6, 5, 1))
+    matrices[:, 3], matrices[:, 4] = 0.3, 0.7  # without the first ingredients
+    matrices[0] = 0.2
+    matrices[1] = [[0.0], [1.0], [0.0], [0.0], [0.0]]
+    together = Candidates(matrices, groups, session.deltas, session.norms).weights(range(6))
+    some = Candidates(matrices[1:5], groups, session.deltas, session.norms).weights(range(4))
+    second = session.zoo.checkpoints[1]
+    for name in session.numels:
+        assert together.stacked[name][1].equal(second.read(name)), name
+        assert together.stacked[name][1:5].equal(some.stacked[name]), name
 
 
 def test_files_are_as_they_are_and_share_what_is_equal(kitchen: Path, tmp_path: Path):

@@ -13,7 +13,7 @@ from soups.evaluate import predict
 from soups.leaderboard import load_predictions
 from soups.pipeline import run
 from soups.zoo import load_weights
-from tests.soups.conftest import make_config, open_session
+from tests.soups.conftest import load_checkpoint, make_config, open_session
 
 LEARNERS = {
     "uniform": {},
@@ -56,7 +56,7 @@ def test_rows_are_right_where_their_models_one_by_one_are(kitchen: Path, results
         agrees(row, logits())
     alone = []
     for checkpoint in session.zoo.checkpoints:
-        session.load_checkpoint(checkpoint)
+        load_checkpoint(session, checkpoint)
         alone.append(logits())
     agrees("ensemble_all", torch.stack(alone).mean(0))
     assert len(found) == len(files) + 2
@@ -104,3 +104,10 @@ def test_rows_of_finished_chunks_are_remembered(kitchen: Path, tmp_path, monkeyp
     ]
     monkeypatch.undo()
     assert (learn(kitchen, tmp_path) / "leaderboard.csv").exists()
+
+
+def test_a_row_of_compressed_ingredients_says_what_was_lost():
+    record = {"precision": "int4", "originals_minus_compressed": 0.0123}
+    (note,) = soups.entries._notes(record)
+    assert note.startswith("learned on int4 rows: -1.23 points on select with them")
+    assert soups.entries._notes({"precision": "fp32"}) == ()

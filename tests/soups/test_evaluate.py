@@ -19,7 +19,7 @@ from soups.errors import SoupError
 from soups.evaluate import Need, even_batch, evenly, fit, images_at_once
 from soups.learners.registry import MehlLayerwise
 from soups.recalibration import recalibrate_group
-from tests.soups.conftest import open_session
+from tests.soups.conftest import load_checkpoint, open_session
 from tests.soups.test_candidates import draw, reads, whole
 
 __all__ = ["reads"]
@@ -96,7 +96,7 @@ def test_ingredients_have_their_own_buffers_whatever_the_rule(kitchen, tmp_path,
     session = open_session(kitchen, tmp_path, norm_buffers="recalibrate")
     scores = session.evaluate_ingredients()
     for k, checkpoint in enumerate(session.zoo.checkpoints):
-        session.load_checkpoint(checkpoint)
+        load_checkpoint(session, checkpoint)
         assert scores.accuracies[k] == session.accuracy()
 
 
@@ -124,7 +124,7 @@ def test_files_score_what_their_weights_score(kitchen, tmp_path, way):
     files = Files(session.model, paths, session.zoo.tied)
     scores = module.evaluate(session.chunks, files, session.select)
     for m, k in enumerate((1, 4, 2)):
-        session.load_checkpoint(session.zoo.checkpoints[k])
+        load_checkpoint(session, session.zoo.checkpoints[k])
         assert scores.accuracies[m] == session.accuracy()
 
 
@@ -156,14 +156,16 @@ def test_statistics_of_many_models_are_those_of_each(kitchen, tmp_path, together
 
 def test_statistics_of_batches_of_any_size_are_the_mean_over_examples():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    linear, norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+    model = nn.Sequential(linear, norm).eval()
     stacked = {"0.weight": torch.randn(3, 4, 3)}
     x = torch.randn(23, 3)
     found = recalibrate_group(model, stacked, {}, x.split(10))
-    hidden = torch.einsum("ni,moi->mno", x, stacked["0.weight"]) + model[0].bias
+    hidden = torch.einsum("ni,moi->mno", x, stacked["0.weight"]) + linear.bias
     means = torch.stack([part.mean(1) * part.shape[1] for part in hidden.split(10, 1)]).sum(0) / 23
     torch.testing.assert_close(found["1.running_mean"], means, rtol=1e-5, atol=1e-6)
-    assert model[1].running_mean.eq(0).all()
+    assert norm.running_mean is not None
+    assert norm.running_mean.eq(0).all()
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -250,14 +252,14 @@ def test_a_model_in_train_mode_is_refused(kitchen, tmp_path):
     with pytest.raises(FleetError, match="train mode"):
         session.evaluate(matrices, groups)
     session.model.eval()
-    session.model[6].train()  # dropout alone
+    session.model.get_submodule("6").train()  # dropout alone
     with pytest.raises(FleetError, match="train mode"):
         session.evaluate(matrices, groups)
 
 
 def test_evaluating_leaves_the_model_as_it_is(kitchen: Path, tmp_path: Path, way):
     session = open_session(kitchen, tmp_path, norm_buffers="recalibrate")
-    session.load_checkpoint(session.zoo.checkpoints[0])
+    load_checkpoint(session, session.zoo.checkpoints[0])
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
     groups, matrices = draw(session, "layer", 3)
     session.evaluate(matrices, groups)
@@ -273,3 +275,21 @@ def test_scores_of_logits_by_hand():
     np.testing.assert_allclose(scores.accuracies, [1.0, 0.5])
     by_hand = [np.log1p(np.exp(-2)) + np.log1p(np.exp(-1)), 3 + 2 * np.log1p(np.exp(-3))]
     np.testing.assert_allclose(scores.mean_losses, np.array(by_hand) / 2, rtol=1e-6)
+
+
+def test_what_is_not_a_number_is_not_right():
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[[nan, nan], [nan, 0.0], [inf, 0.0], [0.0, -inf]]])
+    assert module.Scores.of(logits, torch.tensor([0, 0, 0, 0])).right.tolist() == [
+        [False, False, False, True]
+    ]
+
+
+def test_at_the_table_a_short_room_is_no_reason_to_stop(kitchen, tmp_path, caplog):
+    session = open_session(kitchen, tmp_path)
+    paths = [kitchen / "zoo" / f"{k:02d}.safetensors" for k in (1, 4)]
+    files = Files(session.model, paths, session.zoo.tied)
+    session.in_use = session.memory_budget
+    members = [c.members for c in session.chunks(files, [session.select], refuse=False)]
+    assert members == [[0], [1]]
+    assert "going on all the same" in caplog.text

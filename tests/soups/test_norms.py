@@ -11,7 +11,7 @@ from torch import nn
 
 from soups.errors import SoupError
 from soups.norms import RECALIBRATION_BATCH
-from tests.soups.conftest import make_config, open_session
+from tests.soups.conftest import load_checkpoint, make_config, open_session
 
 BUFFERS = ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var")
 
@@ -77,7 +77,7 @@ def test_convex_follows_the_clipped_coefficients_of_its_own_layer(
 
 def test_recalibrate_equals_batch_norms_that_saw_the_same_images(kitchen: Path, tmp_path: Path):
     session = open_session(kitchen, tmp_path, norm_buffers="recalibrate")
-    session.load_checkpoint(session.zoo.checkpoints[0])
+    load_checkpoint(session, session.zoo.checkpoints[0])
     plain = copy.deepcopy(session.model)
     momenta = [m.momentum for m in session.model.modules() if isinstance(m, nn.BatchNorm2d)]
     session.norms.recalibrate()

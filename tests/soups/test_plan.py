@@ -8,15 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from inputs.config import Settings
 from soups.errors import SoupError
 from soups.learners.registry import (
+    LEARNERS,
     BestSingle,
     Greedy,
+    GreedyFull,
     Learned,
     Mehl,
     MehlLayerwise,
+    RandomSearch,
     Uniform,
     WiseFT,
+    ZerothOrder,
 )
 from soups.plan import Costs, check_budget, measure_activations, plan_learners, plan_table
 
@@ -194,6 +199,39 @@ def test_the_ingredients_are_read_again_only_where_they_do_not_fit():
     plans = plan_learners(learners, dataclasses.replace(COSTS, sources=11))
     assert plans["best"].read_bytes == 10 * 4 * MIB
     assert plans["uniform"].read_bytes == 0
-    # Scored first, with all learners; then the soup, the base, and every source for each chunk.
-    assert plans["line"].read_bytes == (10 + 11) * 4 * MIB
-    assert [plans[row].forward_passes for row in learners] == [10, 21, 0]
+    # The line needs no scores of the ingredients: the soup's members and the base.
+    assert plans["line"].read_bytes == 11 * 4 * MIB
+    assert [plans[row].forward_passes for row in learners] == [10, 11, 0]
+
+
+def test_searches_are_planned_on_the_images_that_they_see():
+    costs = dataclasses.replace(COSTS, select=1000)
+    learners = {
+        "some": ZerothOrder(images=100, steps=10, directions=4),
+        "all": ZerothOrder(images=5000, steps=10, directions=4),
+        "random": RandomSearch(evaluations=100, population=30),
+    }
+    plans = plan_learners(learners, costs)
+    # Then the start and the finalists on all images; nobody asks for the ingredients' own scores.
+    assert plans["some"].forward_passes == 10 * 8 / 10 + 18
+    assert plans["all"].forward_passes == 10 * 8 + 3
+    assert plans["random"].forward_passes == 4 * 30 + 3
+
+
+def test_greedy_full_is_planned_with_all_its_walks_in_one_call():
+    effort = GreedyFull(folds=5).effort(10, 1000)
+    assert effort.at_once == 6 * (2 * 10 + 1)  # two walks and greedy for each view
+    assert not effort.scored
+    assert GreedyFull().effort(3, 1000).candidates == 2**3 - 1
+
+
+def test_no_learner_is_planned_without_saying_what_it_does():
+    for row, learner in LEARNERS.items():
+        plan = plan_learners({row: learner.settings()}, dataclasses.replace(COSTS, budget=10**9))
+        assert (plan[row].forward_passes > 0) == (row != "uniform"), row
+
+    class New(Settings):
+        """A learner that has not been planned."""
+
+    with pytest.raises(TypeError, match="New: how is it planned"):
+        plan_learners({"new": New()}, COSTS)

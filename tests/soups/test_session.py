@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from soups.kitchen import cook_soup
 from soups.learners.registry import LEARNERS, MehlLayerwise, Uniform
 from soups.meter import Meter
-from tests.soups.conftest import open_session
+from soups.pipeline import open_run
+from soups.record import fingerprint
+from tests.soups.conftest import make_config, open_session
 
 TIED = """
 from torch import nn
@@ -61,6 +63,23 @@ def test_what_a_row_has_cost_is_counted_from_its_beginning(kitchen: Path, tmp_pa
     assert spent["forward_passes"] == pytest.approx((100 + 449) / 449)
     assert spent["backward_passes"] == 1
     assert session.record == {}
+
+
+def test_a_renamed_ingredient_is_another_input(kitchen: Path, tmp_path: Path):
+    paths = [kitchen / "zoo" / f"{k:02d}.safetensors" for k in (0, 1)]
+    inputs = []
+    for name in ("a", "b"):
+        renamed = tmp_path / f"{name}.safetensors"
+        renamed.write_bytes(paths[1].read_bytes())
+        config = make_config(
+            kitchen,
+            output=tmp_path / name,
+            zoo={"path": kitchen / "zoo", "ingredients": [str(paths[0]), str(renamed)]},
+        )
+        folder, cpu = tmp_path / name, torch.device("cpu")
+        this = open_run(config, folder, cpu, root=kitchen, fresh=False, progress=False)
+        inputs.append(fingerprint(this.inputs))
+    assert inputs[0] != inputs[1]
 
 
 def test_groups_are_the_whole_model_where_settings_do_not_say(kitchen: Path, tmp_path: Path):

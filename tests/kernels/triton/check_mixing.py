@@ -3,7 +3,8 @@ import torch
 import triton.language as tl
 
 from kernels import Segment, reference
-from kernels.storage import Rows, fine_segments
+from kernels.segments import fine_segments
+from kernels.storage import Rows
 from kernels.triton_ops import delta_dot as dot_module
 from kernels.triton_ops import mix as mix_module
 from kernels.triton_ops import mixed_linear as linear_module

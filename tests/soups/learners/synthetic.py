@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,12 +35,18 @@ class Synthetic(Session):
         self.select = ImageSet("select", tuple(map(str, rows.tolist())), rows, rows, torch.zeros)
         self.seed, self.progress = 0, False
         self.formula, self.count = formula, groups
-        self.calls, self.kill_at = 0, -1
+        self.calls, self.kill_at, self.slow_seconds = 0, -1, 0.0
         self.seen: list[tuple[np.ndarray, int]] = []
         self.begin("row", folder)
 
-    def release(self) -> None:
+    def begin(self, row: str, folder: Path | None) -> None:
         """There is nothing to let go."""
+        self.row, self.folder, self.record = row, folder, {}
+        self.examples_forward, self.shared_seconds = 0, 0.0
+
+    def skip(self, candidates, groups, images, seconds):
+        self.examples_forward += len(candidates) * len(images)
+        self.shared_seconds += seconds
 
     def groups(self, settings):
         return {f"g{g}": (f"t{g}",) for g in range(self.count)}
@@ -52,6 +59,7 @@ class Synthetic(Session):
         if self.calls == self.kill_at:
             raise KilledError
         self.calls += 1
+        time.sleep(self.slow_seconds)
         self.seen.append((candidates, len(images)))
         self.examples_forward += len(candidates) * len(images)
         right, losses = self.formula(candidates, images.labels.numpy())

@@ -9,7 +9,7 @@ from soups.deltas import Mixture
 from soups.ingredients import find_ingredients
 from soups.learners.registry import LEARNERS
 from soups.pipeline import open_run, run
-from tests.soups.conftest import make_config
+from tests.soups.conftest import load_checkpoint, make_config
 
 QUICK = {
     "learned": {"epochs": 1, "batch_size": 64},
@@ -94,7 +94,7 @@ def test_equal_ingredients_give_that_ingredient(kitchen, tmp_path, row):
     session, settings = session_of(kitchen, tmp_path, row, zoo=zoo)
     session.load(learn(session, settings))
     loaded = {n: t.clone() for n, t in session.model.state_dict().items()}
-    session.load_checkpoint(session.zoo.checkpoints[0])
+    load_checkpoint(session, session.zoo.checkpoints[0])
     for name, tensor in session.model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0, msg=name)
 
@@ -188,7 +188,7 @@ def test_mehl_goes_on_after_any_block_to_the_same_bits(kitchen, tmp_path, monkey
 
         def save_and_die(*arguments, stop_after=stop_after):
             saved(*arguments)
-            if arguments[3] == stop_after:
+            if arguments[2].blocks_done == stop_after:
                 raise KilledError
 
         monkeypatch.setattr(module, "save_progress", save_and_die)

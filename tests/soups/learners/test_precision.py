@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from soups.deltas import Mixture, row_bytes
 from soups.errors import SoupError
@@ -93,7 +94,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_the_same_record(
 
         def save_and_die(*arguments, stop_after=stop_after):
             saved(*arguments)
-            if arguments[3] == stop_after:
+            if arguments[2].blocks_done == stop_after:
                 raise KilledError
 
         monkeypatch.setattr(module, "save_progress", save_and_die)
@@ -146,10 +147,28 @@ def test_the_compressed_accuracy_is_that_of_the_rounded_rows(kitchen, tmp_path, 
 
     monkeypatch.setattr(module, "_accuracy", accuracy)
     monkeypatch.setattr(Mixture, "apply_originals", apply_originals)
-    learn(*compressed(kitchen, tmp_path, "sign"))
+    session, settings = compressed(kitchen, tmp_path, "sign")
+    learn(session, settings)
+    evaluated.append([p.detach().double() for p in session.model.parameters()])
     for compressed_weights, original_weights, wanted in zip(*evaluated, rounded, strict=True):
         torch.testing.assert_close(compressed_weights.flatten(), wanted, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(original_weights.flatten(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_originals_accuracy_is_that_of_weights_as_they_are_stored(kitchen, tmp_path):
+    paths = []
+    for k in range(3):
+        tensors = load_file(kitchen / "zoo" / f"{k:02d}.safetensors")
+        half = {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}
+        paths.append(str(tmp_path / f"{k}.safetensors"))
+        save_file(half, paths[-1])
+    zoo = {"path": tmp_path, "ingredients": paths}
+    settings = ALL_AT_ONCE | {"block_size": 3}
+    session, settings = compressed(kitchen, tmp_path / "out", "int8", settings, zoo=zoo)
+    learn(session, settings)
+    assert session.record["originals_select_accuracy"] == session.accuracy()
+    for parameter in session.model.parameters():
+        assert parameter.equal(parameter.bfloat16().float())
 
 
 def test_a_descent_that_leaves_the_numbers_is_refused(kitchen, tmp_path):

@@ -11,7 +11,7 @@ from soups.reports.geometry import Frame, distance, weight_grams
 from soups.reports.landscape import line, plane, positions
 from soups.reports.material import Material
 from soups.reports.registry import Line, Plane
-from tests.soups.conftest import open_session
+from tests.soups.conftest import load_checkpoint, open_session
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -40,8 +40,8 @@ def state_at(material: Material, name: str) -> dict[str, torch.Tensor]:
         session.load(material.soups[name])
     else:
         zoo = session.zoo
-        session.load_checkpoint(
-            zoo.base if name == "base" else zoo.checkpoints[zoo.names.index(name)]
+        load_checkpoint(
+            session, zoo.base if name == "base" else zoo.checkpoints[zoo.names.index(name)]
         )
     state = session.model.state_dict()
     return {n: t.double().clone() for n, t in state.items() if t.is_floating_point()}

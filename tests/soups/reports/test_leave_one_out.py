@@ -12,7 +12,7 @@ from soups.learners.registry import LEARNERS, Uniform
 from soups.reports.leave_one_out import leave_one_out, without
 from soups.reports.material import Material
 from soups.reports.registry import LeaveOneOut
-from tests.soups.conftest import open_session
+from tests.soups.conftest import load_checkpoint, open_session
 
 
 def test_a_mean_becomes_the_mean_of_the_others():
@@ -105,6 +105,6 @@ def test_a_soup_of_one_falls_to_the_base(kitchen, tmp_path):
     session.begin("report/loo", tmp_path)
     leave_one_out(Material(session, soups), LeaveOneOut(of="best"), tmp_path / "loo")
     found = session.record["ingredients"]
-    session.load_checkpoint(session.zoo.base)
+    load_checkpoint(session, session.zoo.base)
     assert found[3]["accuracy"] == pytest.approx(session.accuracy(), abs=1 / 400)
     assert all(row["accuracy_change"] == 0 for row in found if row["ingredient"] != "03")

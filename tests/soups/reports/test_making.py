@@ -24,10 +24,16 @@ REPORTS = {
 }
 QUICK = {"learners": {"uniform": {}, "best_single": {}}, "reports": REPORTS}
 FILES = {
-    *(f"leave_one_out.{end}" for end in ("csv", "md", "png")),
-    *(f"shapley.{end}" for end in ("csv", "md", "png")),
-    *("line.csv", "line.png", "map.csv", "map.png", "map_points.csv"),
+    *(f"leave_one_out/leave_one_out.{end}" for end in ("csv", "md", "png")),
+    *(f"shapley/shapley.{end}" for end in ("csv", "md", "png")),
+    *("line/line.csv", "line/line.png", "map/map.csv", "map/map.png", "map/map_points.csv"),
 }
+
+
+def written(folder) -> set[str]:
+    """The files below `reports`."""
+    reports = folder / "reports"
+    return {str(f.relative_to(reports)) for f in reports.rglob("*") if f.is_file()}
 
 
 def run(kitchen, folder, **changes):
@@ -65,7 +71,7 @@ def test_reports_are_written_once_and_made_again_where_their_inputs_change(
     monkeypatch.setattr(pipeline, "make_reports", lambda *a: loaded.append("reports") or make(*a))
     folder = run(kitchen, tmp_path)
     assert loaded == ["reports", "report"]
-    assert {file.name for file in (folder / "reports").iterdir()} == FILES
+    assert written(folder) == FILES
     # One pass for each; five ingredients have few enough subsets for exact values.
     assert of_reports(passes) == [f"report/{row}" for row in REPORTS]
     record = json.loads((folder / "run.json").read_text())
@@ -73,20 +79,28 @@ def test_reports_are_written_once_and_made_again_where_their_inputs_change(
     assert record["reports"]["shapley"]["record"]["soups"] == 32
     assert record["reports"]["leave_one_out"]["forward_passes"] == 6
     assert any("norm_buffers is `uniform`" in warning for warning in record["warnings"])
-    before = {file: file.read_bytes() for file in (folder / "reports").iterdir()}
+    before = {name: (folder / "reports" / name).read_bytes() for name in FILES}
 
     passes.clear()
     run(kitchen, tmp_path)
     assert of_reports(passes) == []
 
     # A new learner is on the plane; the others do not know it. What is lost is made again.
-    (folder / "reports" / "shapley.md").unlink()
+    (folder / "reports" / "shapley" / "shapley.md").unlink()
     learners = {**QUICK["learners"], "greedy": {}}
     finer = {**REPORTS, "line": {**REPORTS["line"], "points": 5}}
     run(kitchen, tmp_path, learners=learners, reports=finer)
     assert of_reports(passes) == ["report/shapley", "report/line", "report/map"]
-    for name in ("shapley.png", "shapley.csv", "shapley.md", "leave_one_out.md"):
-        assert (folder / "reports" / name).read_bytes() == before[folder / "reports" / name]
+    for name in FILES:
+        if name.startswith(("shapley", "leave_one_out")):
+            assert (folder / "reports" / name).read_bytes() == before[name]
+
+    # What is no more in the config goes, and what a row wrote as another type; other files stay.
+    (folder / "reports" / "map" / "mine.txt").write_text("mine")
+    run(kitchen, tmp_path, reports={"line": {"type": "leave_one_out"}})
+    wanted = {f"line/line.{end}" for end in ("csv", "md", "png")} | {"map/mine.txt"}
+    assert written(folder) == wanted
+    assert {path.name for path in (folder / "reports").iterdir()} == {"line", "map"}
 
 
 @pytest.mark.parametrize("empty", ["base", "chance"])
