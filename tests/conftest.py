@@ -1,6 +1,14 @@
 """What all tests share."""
 
+import signal
+
 import pytest
+
+
+def pytest_sessionstart() -> None:
+    """Have Ctrl-C arrive, here and in child processes, also where a shell has turned it off for
+    what it runs in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
