@@ -81,3 +81,22 @@ def _filler(
         f"the model returns a {type(leaf).__name__}, in which tensors cannot be found; wanted "
         "tensors in tuples, lists, dicts or dataclasses"
     )
+
+
+def join(results: Sequence[Sequence[Tensor]], rebuilds: Sequence[Rebuild]) -> list[Tensor]:
+    """The outputs of all models; FleetError where they are not alike."""
+    for index, (mine, rebuild) in enumerate(zip(results, rebuilds, strict=True)):
+        for one, other in zip(rebuilds[0].plain, rebuild.plain, strict=False):
+            if type(one) is not type(other) or repr(one) != repr(other):
+                raise FleetError(
+                    f"the model returns {one!r} for model 0 and {other!r} for model {index}; "
+                    "return it as a tensor"
+                )
+        for one, other in zip(results[0], mine, strict=False):
+            if one.shape != other.shape or one.dtype != other.dtype:
+                raise FleetError(
+                    f"an output is {one.dtype} {list(one.shape)} of model 0 and {other.dtype} "
+                    f"{list(other.shape)} of model {index}, which make no single tensor; return "
+                    "outputs of one shape (padded or masked), or call the models one by one"
+                )
+    return [torch.stack(of_models) for of_models in zip(*results, strict=True)]

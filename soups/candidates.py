@@ -18,7 +18,7 @@ from merge.mixing import SUM_TOLERANCE
 from merge.stream import stored_name
 from soups.errors import SoupError
 from soups.norms import RECALIBRATION_BATCH, Groups, NormBuffers
-from soups.sources import Deltas, Flat, parted_by
+from soups.sources import Flat, Sources, parted_by
 
 # What a pass over the data costs beside the models in it, in passes of one model.
 PASS_COST = 1.0
@@ -72,19 +72,19 @@ class Candidates(Models):
 
     matrices: Float64[np.ndarray, "candidates ingredients groups"]
     groups: Groups
-    deltas: Deltas
+    sources: Sources
     norms: NormBuffers
     own_buffers: bool = False
     _columns: np.ndarray = field(init=False)
     _column_of: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        check_candidates(self.matrices, self.groups, self.deltas)
+        check_candidates(self.matrices, self.groups, self.sources)
         followed = [self.norms.columns(self.groups, matrix) for matrix in self.matrices]
         named = self.groups | followed[0][0]
         whole = np.concatenate([self.matrices, np.stack([own for _, own in followed])], axis=2)
         self._column_of = {n: g for g, names in enumerate(named.values()) for n in names}
-        self._columns = with_rest(whole, len(self.deltas.sources))
+        self._columns = with_rest(whole, len(self.sources.checkpoints))
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -96,7 +96,7 @@ class Candidates(Models):
     def bytes_of(self, members: Sequence[int]) -> tuple[int, int]:
         shared, own = 0, self.norms.nbytes
         for (alone, *_), names in self._parts(members).items():
-            nbytes = sum(self.deltas.parameters[name].nbytes for name in names)
+            nbytes = sum(self.sources.parameters[name].nbytes for name in names)
             shared, own = (shared + nbytes, own) if alone else (shared, own + nbytes)
         return shared, own
 
@@ -109,13 +109,13 @@ class Candidates(Models):
             groups = list(dict.fromkeys(self._column_of[name] for name in names))
             columns = self._columns[members[:1] if alone else members][:, :, groups]
             if frozen:  # all sources are this one
-                columns = np.zeros((1, len(self.deltas.sources), len(groups)))
+                columns = np.zeros((1, len(self.sources.checkpoints), len(groups)))
                 columns[:, used] = 1.0
             group_of = [groups.index(self._column_of[name]) for name in names]
-            flat = Flat(names, self.deltas.parameters)
-            dtype = self.deltas.parameters[names[0]].dtype
-            out = _buffer(free, len(columns), flat.numel, dtype, self.deltas.device)
-            views = flat.views(self.deltas.mix(names, columns, group_of, out=out))
+            flat = Flat(names, self.sources.parameters)
+            dtype = self.sources.parameters[names[0]].dtype
+            out = _buffer(free, len(columns), flat.numel, dtype, self.sources.device)
+            views = flat.views(self.sources.mix(names, columns, group_of, out=out))
             if alone and len(members) > 1:
                 shared |= {name: tensor[0] for name, tensor in views.items()}
             else:
@@ -138,15 +138,15 @@ class Candidates(Models):
         same there, the sources, the dtypes."""
         of_column: dict[int, tuple[bool, tuple[int, ...]]] = {}
         parts: dict[tuple, list[str]] = {}
-        for name, parameter in self.deltas.parameters.items():
+        for name, parameter in self.sources.parameters.items():
             g = self._column_of[name]
             if g not in of_column:
                 columns = self._columns[members][:, :, g]
                 used = tuple(np.flatnonzero(columns.any(axis=0)).tolist())
                 of_column[g] = agree(columns), used
             alone, used = of_column[g]
-            frozen = self.deltas.same(name, used)
-            dtypes = (self.deltas.dtypes[name], parameter.dtype)
+            frozen = self.sources.same(name, used)
+            dtypes = (self.sources.dtypes[name], parameter.dtype)
             key = (alone or frozen, frozen, used[:1] if frozen else used, *dtypes)
             parts.setdefault(key, []).append(name)
         return parts
@@ -225,18 +225,18 @@ def _buffer(
     return torch.empty(models, weights, dtype=dtype, device=device)
 
 
-def check_candidates(matrices: Float64[np.ndarray, ...], groups: Groups, deltas: Deltas) -> None:
+def check_candidates(matrices: Float64[np.ndarray, ...], groups: Groups, sources: Sources) -> None:
     """SoupError that says which candidate, ingredient or group is wrong."""
     names = [name for tensors in groups.values() for name in tensors]
-    if sorted(names) != sorted(deltas.parameters):
-        wrong = sorted(set(names) ^ set(deltas.parameters)) or [
+    if sorted(names) != sorted(sources.parameters):
+        wrong = sorted(set(names) ^ set(sources.parameters)) or [
             name for name in names if names.count(name) > 1
         ]
         raise SoupError(
-            f"groups: {wrong[0]!r} is {_what_is_wrong(wrong[0], names, deltas)}; wanted every "
+            f"groups: {wrong[0]!r} is {_what_is_wrong(wrong[0], names, sources)}; wanted every "
             "mixed tensor of the model in exactly one group, as session.groups gives them"
         )
-    wanted = (deltas.ingredients, len(groups))
+    wanted = (sources.ingredients, len(groups))
     if matrices.ndim != 3 or matrices.shape[1:] != wanted or not len(matrices):
         raise SoupError(
             f"candidates: found an array of shape {list(matrices.shape)}, wanted [candidates, "
@@ -249,7 +249,7 @@ def check_candidates(matrices: Float64[np.ndarray, ...], groups: Groups, deltas:
             f"{list(groups)[g]!r}; wanted finite numbers: look at what made them"
         )
     sums = matrices.sum(axis=1)
-    if len(deltas.sources) == deltas.ingredients and (abs(sums - 1) > SUM_TOLERANCE).any():
+    if len(sources.checkpoints) == sources.ingredients and (abs(sums - 1) > SUM_TOLERANCE).any():
         m, g = np.argwhere(abs(sums - 1) > SUM_TOLERANCE)[0].tolist()
         raise SoupError(
             f"candidates: candidate {m} sums to {sums[m, g]:.9g} in group {list(groups)[g]!r}, and "
@@ -268,8 +268,8 @@ def with_rest(
     return np.concatenate([matrices, np.where(abs(rest) > SUM_TOLERANCE, rest, 0.0)], axis=1)
 
 
-def _what_is_wrong(name: str, names: Sequence[str], deltas: Deltas) -> str:
-    if name not in deltas.parameters:
+def _what_is_wrong(name: str, names: Sequence[str], sources: Sources) -> str:
+    if name not in sources.parameters:
         return "no tensor that is mixed"
     return "in no group" if name not in names else "in two groups"
 

@@ -207,7 +207,7 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
             evaluation=max(meter.peak_bytes - in_use, image * session.eval_batch_size),
             image=image,
             batch_size=session.eval_batch_size,
-            sources=len(session.deltas.sources),
+            sources=len(session.sources.checkpoints),
             select=len(session.select),
             device=session.device.type,
             budget=budget,

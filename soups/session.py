@@ -25,7 +25,7 @@ from soups.ingredients import Zoo
 from soups.learners.registry import Precision
 from soups.meter import Meter, memory_in_use
 from soups.norms import Groups, NormBuffers
-from soups.sources import Deltas
+from soups.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Session:
     def begin(self, row: str, folder: Path | None) -> None:
         """Start one row of the table; in `folder` it keeps what it needs to go on when killed."""
         self.row, self.folder, self.record = row, folder, {}
-        self.deltas.release()
+        self.sources.release()
         self.passes.begin()
         self.examples_forward = self.examples_backward = 0
         self.steps, self.shared_seconds = 0, 0.0
@@ -143,7 +143,7 @@ class Session:
         was called before, may change losses by about 1e-6 of them.
         """
         images = images or self.select
-        return self._score(Candidates(candidates, groups, self.deltas, self.norms), images)
+        return self._score(Candidates(candidates, groups, self.sources, self.norms), images)
 
     def skip(
         self,
@@ -159,7 +159,7 @@ class Session:
         self.examples_forward += len(candidates) * len(images)
         self.shared_seconds += seconds
         self._hold()
-        models = Candidates(candidates, groups, self.deltas, self.norms)
+        models = Candidates(candidates, groups, self.sources, self.norms)
         for _ in self.passes.parts(models, [images]):
             pass
 
@@ -172,7 +172,7 @@ class Session:
         alone = np.eye(len(self.zoo.checkpoints))[:, :, None]
         alone = alone if chosen is None else alone[list(chosen)]
         groups = self.whole_model()
-        return Candidates(alone, groups, self.deltas, self.norms, own_buffers=True)
+        return Candidates(alone, groups, self.sources, self.norms, own_buffers=True)
 
     def chunks(
         self,
@@ -198,12 +198,12 @@ class Session:
         """
         if not self._hold():
             self.passes.release()  # to make room for the soup before and the one after
-            self.deltas.keep(with_rest(matrix[None], len(self.deltas.sources))[0, :, 0])
+            self.sources.keep(with_rest(matrix[None], len(self.sources.checkpoints))[0, :, 0])
 
     @cached_property
-    def deltas(self) -> Deltas:
+    def sources(self) -> Sources:
         """The ingredients as what candidates are mixed from."""
-        return Deltas(self.zoo, self.model, [*self.numels])
+        return Sources(self.zoo, self.model, [*self.numels])
 
     @cached_property
     def passes(self) -> Passes:
@@ -212,7 +212,7 @@ class Session:
 
     def release(self) -> None:
         """Give back the memory that evaluating keeps for the next time."""
-        for kept in ("deltas", "passes"):
+        for kept in ("sources", "passes"):
             if kept in vars(self):  # else there is nothing yet
                 getattr(self, kept).release()
 
@@ -221,7 +221,7 @@ class Session:
         if self.in_use is None:
             held = memory_in_use(self.device) - self.passes.in_memory
             return self.memory_budget - held
-        return self.memory_budget - self.in_use - self.deltas.in_memory
+        return self.memory_budget - self.in_use - self.sources.in_memory
 
     def load(self, coefficients: Coefficients) -> None:
         """Give the model the very weights that cooking these coefficients writes."""
@@ -279,9 +279,12 @@ class Session:
 
     def _hold(self) -> bool:
         """Have the ingredients in memory, if that leaves as much room again; whether they are."""
-        if not self.deltas.held and 2 * self.deltas.nbytes <= self.room() + self.deltas.in_memory:
-            self.deltas.hold()
-        return self.deltas.held
+        if (
+            not self.sources.held
+            and 2 * self.sources.nbytes <= self.room() + self.sources.in_memory
+        ):
+            self.sources.hold()
+        return self.sources.held
 
     def _score(self, models: Candidates, images: ImageSet) -> Scores:
         self.examples_forward += len(models) * len(images)

@@ -23,7 +23,7 @@ from soups.ingredients import Zoo
 SLICE_BYTES = 4 << 20
 
 
-class Deltas:
+class Sources:
     """What soups are mixed from: the ingredients, and then the base where it is known.
 
     A soup is the first ingredient plus the weighted differences of the others from it, in fp32
@@ -35,13 +35,14 @@ class Deltas:
 
     def __init__(self, zoo: Zoo, model: nn.Module, names: Sequence[str]) -> None:
         self.ingredients = len(zoo.checkpoints)
-        self.sources = [*zoo.checkpoints, *([zoo.base] if zoo.base is not None else [])]
+        self.checkpoints = [*zoo.checkpoints, *([zoo.base] if zoo.base is not None else [])]
         self.device = next(model.parameters()).device
         # Without their memory, which a mixture takes over.
         self.parameters = {n: model.get_parameter(n).detach().to("meta") for n in names}
-        self._stored = {n: [zoo.stored(source, n) for source in self.sources] for n in names}
+        self._stored = {n: [zoo.stored(source, n) for source in self.checkpoints] for n in names}
         self.dtypes = {
-            name: self.sources[0].tensors[stored[0]].dtype for name, stored in self._stored.items()
+            name: self.checkpoints[0].tensors[stored[0]].dtype
+            for name, stored in self._stored.items()
         }
         scans = [s for s in (*zoo.preflight.scans, zoo.preflight.base_scan) if s is not None]
         self._digests = {
@@ -55,7 +56,7 @@ class Deltas:
     @property
     def nbytes(self) -> int:
         """What all sources take in memory."""
-        return len(self.sources) * self.soup_nbytes
+        return len(self.checkpoints) * self.soup_nbytes
 
     @property
     def soup_nbytes(self) -> int:
@@ -76,7 +77,7 @@ class Deltas:
     def hold(self) -> None:
         """Read all sources into memory; each is read once."""
         self._soup = None
-        everyone = range(len(self.sources))
+        everyone = range(len(self.checkpoints))
         held = {}
         for names in self._by_dtype():
             flat = Flat(names, self.parameters)
@@ -181,7 +182,7 @@ class Deltas:
         if not np.allclose(columns[:, members], times * part, rtol=1e-12, atol=0):
             return all_read, columns
         others = [s for s in found if s not in self._soup.members]
-        return [len(self.sources), *others], np.concatenate([columns, times], axis=1)
+        return [len(self.checkpoints), *others], np.concatenate([columns, times], axis=1)
 
     def _read(
         self, flat: Flat, used: Sequence[int], start: int, stop: int
@@ -195,11 +196,11 @@ class Deltas:
             name = flat.names[piece.tensor]
             part = rows[:, piece.at : piece.at + piece.stop - piece.start]
             for row, s in zip(part, used, strict=True):
-                if s == len(self.sources) and self._soup is not None:
+                if s == len(self.checkpoints) and self._soup is not None:
                     row.copy_(self._soup.tensors[name][0, piece.start : piece.stop])
                 else:
                     stored = self._stored[name][s]
-                    self.sources[s].read(stored, out=row, start=piece.start, stop=piece.stop)
+                    self.checkpoints[s].read(stored, out=row, start=piece.start, stop=piece.stop)
         return rows
 
     def _held_parts(self, flat: Flat, start: int, stop: int) -> list[Float[Tensor, "sources _"]]:
@@ -219,8 +220,8 @@ class Deltas:
             return
         for piece in flat.pieces(start, stop):
             for s in used:
-                if s < len(self.sources):
-                    self.sources[s].prefetch([self._stored[flat.names[piece.tensor]][s]])
+                if s < len(self.checkpoints):
+                    self.checkpoints[s].prefetch([self._stored[flat.names[piece.tensor]][s]])
 
     def _by_dtype(self) -> list[list[str]]:
         return parted_by(lambda name: compute_dtype(self.dtypes[name]), self.dtypes)

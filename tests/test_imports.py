@@ -46,6 +46,7 @@ TORCH_FREE = (
     "soups.learners.registry",
     "soups.plots",
     "soups.record",
+    "soups.registered",
     "soups.reports.pictures",
     "soups.reports.registry",
     "soups.reports.tables",

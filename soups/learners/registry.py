@@ -8,14 +8,13 @@ by gradient descent in `soups.plan`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from inputs.config import ByteSize, Settings
+from soups.registered import Registered
 
 Grouping = Literal["model", "block", "layer", "tensor"]
 Precision = Literal["fp32", "bf16", "int8", "int4", "sign"]
@@ -56,7 +55,6 @@ class Scoring(Settings):
     @abstractmethod
     def effort(self, ingredients: int, select: int) -> Effort:
         """What it does with so many ingredients and images."""
-        raise NotImplementedError
 
 
 class BestSingle(Scoring):
@@ -314,30 +312,17 @@ LearnerSettings = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Learner:
-    """Settings and, as `module:function`, what takes `(session, settings)` to coefficients."""
-
-    settings: type[Settings]
-    where: str
-
-    def function(self) -> Callable:
-        """The learner itself; the first call imports torch."""
-        module, function = self.where.split(":")
-        return getattr(import_module(module), function)
-
-
-LEARNERS: dict[str, Learner] = {
-    "best_single": Learner(BestSingle, "soups.learners.selection:best_single"),
-    "uniform": Learner(Uniform, "soups.learners.selection:uniform"),
-    "greedy": Learner(Greedy, "soups.learners.selection:greedy"),
-    "greedy_full": Learner(GreedyFull, "soups.learners.greedy_full:greedy_full"),
-    "wise_ft": Learner(WiseFT, "soups.learners.selection:wise_ft"),
-    "learned": Learner(Learned, "soups.learners.learned:learned"),
-    "learned_layerwise": Learner(LearnedLayerwise, "soups.learners.learned:learned"),
-    "mehl": Learner(Mehl, "soups.learners.mehl:mehl"),
-    "mehl_layerwise": Learner(MehlLayerwise, "soups.learners.mehl:mehl"),
-    "random_search": Learner(RandomSearch, "soups.learners.search:random_search"),
-    "cmaes": Learner(CmaEs, "soups.learners.search:cmaes"),
-    "zeroth_order": Learner(ZerothOrder, "soups.learners.zeroth_order:zeroth_order"),
+LEARNERS: dict[str, Registered] = {
+    "best_single": Registered(BestSingle, "soups.learners.selection:best_single"),
+    "uniform": Registered(Uniform, "soups.learners.selection:uniform"),
+    "greedy": Registered(Greedy, "soups.learners.selection:greedy"),
+    "greedy_full": Registered(GreedyFull, "soups.learners.greedy_full:greedy_full"),
+    "wise_ft": Registered(WiseFT, "soups.learners.selection:wise_ft"),
+    "learned": Registered(Learned, "soups.learners.learned:learned"),
+    "learned_layerwise": Registered(LearnedLayerwise, "soups.learners.learned:learned"),
+    "mehl": Registered(Mehl, "soups.learners.mehl:mehl"),
+    "mehl_layerwise": Registered(MehlLayerwise, "soups.learners.mehl:mehl"),
+    "random_search": Registered(RandomSearch, "soups.learners.search:random_search"),
+    "cmaes": Registered(CmaEs, "soups.learners.search:cmaes"),
+    "zeroth_order": Registered(ZerothOrder, "soups.learners.zeroth_order:zeroth_order"),
 }

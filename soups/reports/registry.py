@@ -6,14 +6,12 @@ A new report is a settings class here, with its name as `type`, a row in REPORTS
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from inputs.config import Settings
+from soups.registered import Registered
 
 Margin = Annotated[float, Field(ge=0, le=100)]
 
@@ -100,22 +98,9 @@ class Plane(Settings):
 ReportSettings = Annotated[LeaveOneOut | Shapley | Line | Plane, Field(discriminator="type")]
 
 
-@dataclass(frozen=True)
-class Report:
-    """Settings and, as `module:function`, what makes the report."""
-
-    settings: type[Settings]
-    where: str
-
-    def function(self) -> Callable:
-        """The report itself; the first call imports torch."""
-        module, function = self.where.split(":")
-        return getattr(import_module(module), function)
-
-
-REPORTS: dict[str, Report] = {
-    "leave_one_out": Report(LeaveOneOut, "soups.reports.leave_one_out:leave_one_out"),
-    "shapley": Report(Shapley, "soups.reports.shapley:shapley"),
-    "line": Report(Line, "soups.reports.landscape:line"),
-    "plane": Report(Plane, "soups.reports.landscape:plane"),
+REPORTS: dict[str, Registered] = {
+    "leave_one_out": Registered(LeaveOneOut, "soups.reports.leave_one_out:leave_one_out"),
+    "shapley": Registered(Shapley, "soups.reports.shapley:shapley"),
+    "line": Registered(Line, "soups.reports.landscape:line"),
+    "plane": Registered(Plane, "soups.reports.landscape:plane"),
 }

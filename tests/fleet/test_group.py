@@ -272,7 +272,7 @@ def test_a_shared_prefix_is_computed_once(capture, monkeypatch):
 def test_a_shared_prefix_has_the_gradient_of_all_models():
     models, x = models_of(Counted), numbers(5, 4)
     group = shared_prefix(models, ["first.weight", "first.bias"])
-    weight = group._shared["first.weight"] = group._shared["first.weight"].clone().requires_grad_()
+    weight = group.shared["first.weight"] = group.shared["first.weight"].clone().requires_grad_()
     group(x).sum().backward()
     loop(models, x).sum().backward()
     wanted = sum(model.first.weight.grad for model in models)
@@ -305,7 +305,7 @@ def test_loading_other_weights_keeps_what_was_captured():
             group(x)
         captured = list(group._captured.values())
         for half, source in (halves[1], halves[0], halves[1]):
-            group.load(source._stacked, source._shared)
+            group.load(source.stacked, source.shared)
             torch.testing.assert_close(group(x), loop(half, x), rtol=1e-10, atol=1e-12)
     assert list(group._captured.values()) == captured
 
@@ -315,7 +315,7 @@ def test_loading_another_number_of_models_or_another_pattern():
     group = Group.of(models)
     with torch.no_grad():
         for count in (5, 2, 1, 5):
-            group.load({name: tensor[:count] for name, tensor in Group.of(models)._stacked.items()})
+            group.load({name: tensor[:count] for name, tensor in Group.of(models).stacked.items()})
             for _ in range(3):
                 torch.testing.assert_close(group(x), loop(models[:count], x), rtol=1e-10, atol=0)
 
@@ -325,7 +325,7 @@ def test_equal_tensors_are_shared_by_of():
     for model in models:
         model.first.load_state_dict(models[0].first.state_dict())
     group = Group.of(models)
-    assert set(group._shared) == {"first.weight", "first.bias"}
+    assert set(group.shared) == {"first.weight", "first.bias"}
     same = Group.of([models[0]] * 3)
     with torch.no_grad():
         x = numbers(2, 4)
@@ -397,7 +397,7 @@ def test_training_updates_the_running_statistics_of_each_model():
     torch.testing.assert_close(found, loop(models, x), rtol=1e-10, atol=1e-12)
     for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
         wanted = torch.stack([model.state_dict()[name] for model in models])
-        torch.testing.assert_close(group._stacked[name], wanted, rtol=1e-12, atol=0)
+        torch.testing.assert_close(group.stacked[name], wanted, rtol=1e-12, atol=0)
 
 
 def test_weights_that_are_changed_in_place_are_seen_without_capture_and_after_load():
@@ -406,8 +406,8 @@ def test_weights_that_are_changed_in_place_are_seen_without_capture_and_after_lo
     with torch.no_grad():
         for _ in range(3):
             group(x)
-        group._stacked["third.bias"] += 1
-        group.load(group._stacked, group._shared)
+        group.stacked["third.bias"] += 1
+        group.load(group.stacked, group.shared)
         torch.testing.assert_close(group(x), loop(models, x) + 1, rtol=1e-10, atol=0)
 
 

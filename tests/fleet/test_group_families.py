@@ -272,6 +272,6 @@ def test_bert_with_a_mask_for_each_model_runs_as_a_loop(caplog):
 def test_one_model_of_a_group_is_that_model():
     models, x = make_models("resnet", 2), images()
     group = Group.of(models)
-    state = {name: tensor[1] for name, tensor in group._stacked.items()}
+    state = {name: tensor[1] for name, tensor in group.stacked.items()}
     wanted = functional_call(models[0], state, (x,))
     torch.testing.assert_close(models[1](x), wanted, rtol=1e-12, atol=0)

@@ -42,14 +42,14 @@ def test_replayed_kernels_compute_what_the_loop_computes(caplog):
             x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).cuda()
             assert_near(group(x), loop(models[:3], x))
         for source, members in ((second, models[3:]), (first, models[:3])):
-            group.load(source._stacked, source._shared)
+            group.load(source.stacked, source.shared)
             assert_near(group(x), loop(members, x))
-        kept = {name: tensor.clone() for name, tensor in group._stacked.items()}
-        group.load(kept, group._shared)
+        kept = {name: tensor.clone() for name, tensor in group.stacked.items()}
+        group.load(kept, group.shared)
         for tensor in kept.values():
             tensor.mul_(2)
-        group.load(kept, group._shared)
-        doubled = Group(models[0], kept, shared=group._shared, capture=False)
+        group.load(kept, group.shared)
+        doubled = Group(models[0], kept, shared=group.shared, capture=False)
         assert_near(group(x), doubled(x))
     assert not caplog.records
 

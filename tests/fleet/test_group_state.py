@@ -105,7 +105,7 @@ def test_a_norm_in_train_mode_is_restored_where_a_way_fails():
         group(numbers(5, 4))
     loop(models, numbers(5, 4))
     for part in ("running_mean", "running_var", "num_batches_tracked"):
-        near(group._stacked[f"norm.{part}"], torch.stack([getattr(m.norm, part) for m in models]))
+        near(group.stacked[f"norm.{part}"], torch.stack([getattr(m.norm, part) for m in models]))
 
 
 def test_a_shared_buffer_that_each_model_writes_otherwise():
@@ -128,7 +128,7 @@ def test_weights_that_are_changed_in_place_are_seen():
     with torch.no_grad():
         for _ in range(3):
             near(group(x), loop(models, x))
-        group._stacked["lin.weight"].mul_(2)
+        group.stacked["lin.weight"].mul_(2)
         models[0].shift.add_(1)
         near(group(x), torch.stack([x @ (2 * m.lin.weight).exp().T + 1 for m in models]))
 
@@ -173,7 +173,7 @@ def test_what_is_returned_is_not_what_is_kept():
 def test_of_stacks_buffers_in_train_mode():
     models = [nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().train() for _ in range(2)]
     group = Group.of(models)
-    assert {"1.running_mean", "1.running_var"} <= set(group._stacked)
+    assert {"1.running_mean", "1.running_var"} <= set(group.stacked)
     group(numbers(5, 4))
 
 

@@ -39,7 +39,7 @@ def whole(weights, member: int) -> dict[str, torch.Tensor]:
 def test_weights_are_the_formula_in_float64(kitchen: Path, tmp_path: Path, grouping, rest):
     session = open_session(kitchen, tmp_path, norm_buffers="convex")
     groups, matrices = draw(session, grouping, 3, rest=rest)
-    models = Candidates(matrices, groups, session.deltas, session.norms)
+    models = Candidates(matrices, groups, session.sources, session.norms)
     weights = models.weights([2, 0])
     sources = [*session.zoo.checkpoints, session.zoo.base]
     for place, m in enumerate([2, 0]):
@@ -58,7 +58,7 @@ def test_weights_are_the_formula_in_float64(kitchen: Path, tmp_path: Path, group
 def test_weights_are_those_that_cooking_writes(kitchen: Path, tmp_path: Path, rule):
     session = open_session(kitchen, tmp_path, norm_buffers=rule)
     groups, matrices = draw(session, "layer", 2)
-    found = whole(Candidates(matrices, groups, session.deltas, session.norms).weights([0, 1]), 1)
+    found = whole(Candidates(matrices, groups, session.sources, session.norms).weights([0, 1]), 1)
     coefficients = session.coefficients(groups, matrices[1], MehlLayerwise())
     cook_soup(session, coefficients, tmp_path / "soup.safetensors", memory_budget=2**28)
     cooked = load_file(tmp_path / "soup.safetensors")
@@ -78,21 +78,23 @@ def test_an_ingredient_alone_is_itself_bit_for_bit(kitchen: Path, tmp_path: Path
 def test_held_and_read_again_give_the_same_bits(kitchen: Path, tmp_path: Path):
     session = open_session(kitchen, tmp_path)
     groups, matrices = draw(session, "tensor", 4)
-    models = Candidates(matrices, groups, session.deltas, session.norms)
+    models = Candidates(matrices, groups, session.sources, session.norms)
     read = models.weights([0, 1, 2, 3])
-    assert not session.deltas.held
-    session.deltas.hold()
-    assert session.deltas.in_memory == session.deltas.nbytes == 6 * 4 * sum(session.numels.values())
+    assert not session.sources.held
+    session.sources.hold()
+    assert (
+        session.sources.in_memory == session.sources.nbytes == 6 * 4 * sum(session.numels.values())
+    )
     held = models.weights([0, 1, 2, 3])
     assert all(held.stacked[name].equal(tensor) for name, tensor in read.stacked.items())
-    session.deltas.release()
-    assert session.deltas.in_memory == 0
+    session.sources.release()
+    assert session.sources.in_memory == 0
 
 
 def test_slices_do_not_change_what_is_mixed(kitchen: Path, tmp_path: Path, monkeypatch):
     session = open_session(kitchen, tmp_path)
     groups, matrices = draw(session, "layer", 3)
-    models = Candidates(matrices, groups, session.deltas, session.norms)
+    models = Candidates(matrices, groups, session.sources, session.norms)
     whole_tensors = models.weights([0, 1, 2]).stacked
     monkeypatch.setattr("soups.sources.SLICE_BYTES", 7 * 4 * 8)
     for name, tensor in models.weights([0, 1, 2]).stacked.items():
@@ -116,7 +118,7 @@ def reads(monkeypatch) -> list[tuple[str, str, int]]:
 def test_each_source_is_read_once_for_all_candidates(kitchen: Path, tmp_path: Path, reads):
     session = open_session(kitchen, tmp_path)
     groups, matrices = draw(session, "layer", 7)
-    models = Candidates(matrices, groups, session.deltas, session.norms)
+    models = Candidates(matrices, groups, session.sources, session.norms)
     reads.clear()
     models.weights(range(7))
     assert {file for file, _, _ in reads} == {"00", "01", "02", "03", "04"}  # no base is needed
@@ -137,22 +139,22 @@ def test_a_soup_that_is_kept_is_not_read_again(kitchen: Path, tmp_path: Path, re
     grown = np.zeros((2, 5, 1))
     grown[:, [0, 2, 3]] = 1 / 4
     grown[0, 1] = grown[1, 4] = 1 / 4
-    models = Candidates(grown, session.whole_model(), session.deltas, session.norms)
+    models = Candidates(grown, session.whole_model(), session.sources, session.norms)
     plain = models.weights([0, 1]).stacked
-    session.deltas.keep(members)
-    assert session.deltas.in_memory == 4 * sum(session.numels.values())
+    session.sources.keep(members)
+    assert session.sources.in_memory == 4 * sum(session.numels.values())
     reads.clear()
-    session.deltas.keep(members)
+    session.sources.keep(members)
     assert not reads
     again = models.weights([0, 1]).stacked
     assert {file for file, _, _ in reads} == {"01", "04"}
     for name, tensor in again.items():
         torch.testing.assert_close(tensor, plain[name], rtol=1e-6, atol=1e-7, msg=name)
-    session.deltas.keep(np.append(grown[0, :, 0], 0.0))
+    session.sources.keep(np.append(grown[0, :, 0], 0.0))
     other = np.array([[0.5, 0, 0.2, 0.3, 0.0]])[:, :, None]  # not in the soup's proportions
-    found = Candidates(other, session.whole_model(), session.deltas, session.norms).weights([0])
-    session.deltas.release()
-    wanted = Candidates(other, session.whole_model(), session.deltas, session.norms).weights([0])
+    found = Candidates(other, session.whole_model(), session.sources, session.norms).weights([0])
+    session.sources.release()
+    wanted = Candidates(other, session.whole_model(), session.sources, session.norms).weights([0])
     for name, tensor in wanted.stacked.items() or wanted.shared.items():
         assert tensor.equal((found.stacked or found.shared)[name]), name
 
@@ -160,7 +162,7 @@ def test_a_soup_that_is_kept_is_not_read_again(kitchen: Path, tmp_path: Path, re
 def test_tensors_take_the_place_of_those_before(kitchen: Path, tmp_path: Path):
     session = open_session(kitchen, tmp_path)
     groups, matrices = draw(session, "layer", 4)
-    models = Candidates(matrices, groups, session.deltas, session.norms)
+    models = Candidates(matrices, groups, session.sources, session.norms)
     before = models.weights([0, 1])
     first = before.stacked
     second = models.weights([2, 3], reuse=before.buffers).stacked
@@ -174,7 +176,7 @@ def test_what_candidates_agree_on_is_shared(kitchen: Path, tmp_path: Path):
     session = open_session(kitchen, tmp_path, norm_buffers="convex")
     groups, matrices = draw(session, "layer", 3)
     matrices[1:, :, [0, 1]] = matrices[0, :, [0, 1]].T
-    models = Candidates(matrices, groups, session.deltas, session.norms)
+    models = Candidates(matrices, groups, session.sources, session.norms)
     weights = models.weights([0, 1, 2])
     prefix = {"0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var"}
     assert set(weights.shared) == prefix
@@ -195,7 +197,7 @@ def test_what_is_frozen_in_the_zoo_is_shared(kitchen: Path, tmp_path: Path):
     zoo = {"path": tmp_path, "ingredients": [str(path) for path in paths]}
     session = open_session(kitchen, tmp_path / "out", zoo=zoo)
     groups, matrices = draw(session, "tensor", 3)
-    weights = Candidates(matrices, groups, session.deltas, session.norms).weights([0, 1, 2])
+    weights = Candidates(matrices, groups, session.sources, session.norms).weights([0, 1, 2])
     assert {"0.weight", "1.bias"} <= set(weights.shared)
     assert weights.shared["0.weight"].equal(first["0.weight"])
     assert "1.weight" in weights.stacked
@@ -208,8 +210,8 @@ def test_the_bits_of_a_soup_do_not_depend_on_what_else_is_mixed(kitchen: Path, t
     matrices[:, 3], matrices[:, 4] = 0.3, 0.7  # without the first ingredients
     matrices[0] = 0.2
     matrices[1] = [[0.0], [1.0], [0.0], [0.0], [0.0]]
-    together = Candidates(matrices, groups, session.deltas, session.norms).weights(range(6))
-    some = Candidates(matrices[1:5], groups, session.deltas, session.norms).weights(range(4))
+    together = Candidates(matrices, groups, session.sources, session.norms).weights(range(6))
+    some = Candidates(matrices[1:5], groups, session.sources, session.norms).weights(range(4))
     second = session.zoo.checkpoints[1]
     for name in session.numels:
         assert together.stacked[name][1].equal(second.read(name)), name
@@ -240,7 +242,7 @@ def test_wrong_candidates_are_named(kitchen: Path, tmp_path: Path):
 
     def refused(matrices, groups, message):
         with pytest.raises(SoupError, match=message):
-            Candidates(matrices, groups, session.deltas, session.norms)
+            Candidates(matrices, groups, session.sources, session.norms)
 
     wrong = matrices.copy()
     wrong[1, 4, 2] = np.nan
@@ -261,10 +263,10 @@ def test_columns_that_leave_a_rest_need_a_base(kitchen: Path, tmp_path: Path):
     session = open_session(kitchen, tmp_path, zoo=settings)
     assert session.zoo.base is None
     matrices = np.full((2, 3, 1), 1 / 3)
-    Candidates(matrices, session.whole_model(), session.deltas, session.norms)
+    Candidates(matrices, session.whole_model(), session.sources, session.norms)
     matrices[1, 2] = 0.1
     with pytest.raises(SoupError, match=r"candidate 1 sums to 0\.7666\d* in group 'model'.*base"):
-        Candidates(matrices, session.whole_model(), session.deltas, session.norms)
+        Candidates(matrices, session.whole_model(), session.sources, session.norms)
 
 
 # --- families -------------------------------------------------------------------------------------

@@ -104,16 +104,16 @@ def test_a_session_under_a_small_budget_reads_again_and_scores_the_same(kitchen,
     session = open_session(kitchen, tmp_path)
     groups, matrices = draw(session, "layer", 6)
     wanted = session.evaluate(matrices, groups)
-    assert session.deltas.held
+    assert session.sources.held
     session.begin("row", tmp_path)
-    assert not session.deltas.held
+    assert not session.sources.held
     weights = 4 * sum(session.numels.values())
     image = session.passes.image_bytes(session.select)
     session.in_use = 0
     session.memory_budget = Need(0, weights, image)(2, 1)
     reads.clear()
     found = session.evaluate(matrices, groups)
-    assert not session.deltas.held
+    assert not session.sources.held
     assert {file for file, _, _ in reads} >= {"00", "01", "02", "03", "04"}
     assert found.right.equal(wanted.right)
 
@@ -136,7 +136,7 @@ def test_statistics_of_many_models_are_those_of_each(kitchen, tmp_path, together
     session = open_session(kitchen, tmp_path, norm_buffers="recalibrate")
     groups, matrices = draw(session, "layer", 5)
     matrices[1:, :, 0] = matrices[0, :, 0]
-    plain = Candidates(matrices, groups, session.deltas, session.norms, own_buffers=True)
+    plain = Candidates(matrices, groups, session.sources, session.norms, own_buffers=True)
     weights = plain.weights(range(5))
     assert "0.weight" in weights.shared
     found = session.norms.recalibrated(weights.stacked, weights.shared, together=together)
@@ -181,7 +181,7 @@ def test_activations_are_counted_as_they_come_and_go():
 def test_a_pass_takes_no_more_than_was_predicted(kitchen, tmp_path, way):
     session = open_session(kitchen, tmp_path)
     groups, matrices = draw(session, "layer", 4)
-    models = Candidates(matrices, groups, session.deltas, session.norms)
+    models = Candidates(matrices, groups, session.sources, session.norms)
     need = Need(*models.bytes_of(range(4)), session.passes.image_bytes(session.select))
     session.passes.batch_size = 64
     with _Alive() as alive:

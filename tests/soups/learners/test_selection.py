@@ -104,7 +104,7 @@ def test_greedy_in_little_memory_keeps_its_soup_and_reads_few_files(kitchen, tmp
 
     monkeypatch.setattr(Checkpoint, "read", read)
     assert learn(session, settings).to_json() == wanted.to_json()
-    assert not session.deltas.held
+    assert not session.sources.held
     members = int((wanted.matrix[:, 0] > 0).sum())
     # A trial reads what it adds; a soup that has grown reads that once more.
     most = session.record["evaluated"] + members
