@@ -5,10 +5,12 @@ Nothing here imports torch: a config is read and refused in well under a second.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -33,6 +35,7 @@ from inputs.errors import InputError
 
 __all__ = [
     "ByteSize",
+    "ConfigTree",
     "DataConfig",
     "FactoryModel",
     "ModelConfig",
@@ -40,9 +43,11 @@ __all__ = [
     "Settings",
     "SplitConfig",
     "TimmModel",
+    "checked",
     "explain",
     "load_config",
     "nearest",
+    "read_config",
     "with_known_keys",
 ]
 
@@ -160,7 +165,8 @@ class DataConfig(Settings):
     `path` is `digits` (embedded), a Hub id (`id@revision` for one revision), a folder of class
     folders, or a folder or file of parquet; `size` and `channels` are what the model sees; `mean`
     and `std` are per channel on [0, 1]. `shifts` are extra report sets: a corruption and its
-    severities.
+    severities. `select_seed` draws *select* anew, where it is given, from what *fit* and *tune*
+    leave; these, and so the zoo, stay as `split_seed` has them.
     """
 
     path: str
@@ -180,6 +186,7 @@ class DataConfig(Settings):
     ] = {}
     cache: Path = Path(".cache/images")
     split_seed: NonNegativeInt = 0
+    select_seed: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _per_channel(self) -> DataConfig:
@@ -195,6 +202,50 @@ class DataConfig(Settings):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
+@dataclass(frozen=True)
+class ConfigTree:
+    """A config file with overrides on top, not yet checked against a schema.
+
+    `given` maps a key to the override that set it; `problems` says which overrides cannot be read.
+    """
+
+    file: Path
+    tree: DictConfig
+    given: dict[str, str]
+    problems: tuple[str, ...]
+
+    def where(self, key: str) -> str:
+        """What a value comes from: an override, or the file."""
+        for name, override in reversed(self.given.items()):
+            if f"{key}.".startswith(f"{name}."):
+                return f"override {override!r}"
+        return str(self.file)
+
+    def with_values(self, values: Mapping[str, Any], *, without: Sequence[str] = ()) -> ConfigTree:
+        """A copy with these values at dotted keys, and `without` some of its own keys."""
+        tree = copy.deepcopy(self.tree)
+        for key in without:
+            tree.pop(key, None)
+        for key, value in values.items():
+            OmegaConf.update(tree, key, value, merge=False, force_add=True)
+        return replace(self, tree=tree)
+
+    def check(self, schema: type[SettingsT]) -> tuple[SettingsT | None, dict[str, str]]:
+        """The checked config, or None, and what is wrong by key ("" for the whole)."""
+        broken: dict[str, str] = {}
+        data = _plain(self.tree, (), broken)
+        try:
+            return schema.model_validate(data), broken
+        except ValidationError as error:
+            found = explain(error, data)
+        later = {
+            key: text
+            for key, text in found.items()
+            if not any(f"{key}.".startswith(f"{known}.") for known in broken)
+        }
+        return None, broken | later
+
+
 def load_config(path: str | Path, overrides: Sequence[str], schema: type[SettingsT]) -> SettingsT:
     """The checked config at `path` with `key=value` overrides (OmegaConf dot lists) on top.
 
@@ -202,6 +253,11 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Setting
 
     Raises InputError with every problem found: file, key, what was found and what is allowed.
     """
+    return checked(read_config(path, overrides), schema)
+
+
+def read_config(path: str | Path, overrides: Sequence[str]) -> ConfigTree:
+    """The config at `path` with the overrides on top; InputError for what is not YAML."""
     file = Path(path)
     tree = _read_yaml(file)
     problems: list[str] = []
@@ -218,24 +274,16 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Setting
             problems.append(f"override {override!r}: {_one_line(error)}")
         else:
             given[key] = override
+    return ConfigTree(file, tree, given, tuple(problems))
 
-    def where(key: str) -> str:
-        for name, override in reversed(given.items()):
-            if f"{key}.".startswith(f"{name}."):
-                return f"override {override!r}"
-        return str(file)
 
-    broken: dict[str, str] = {}
-    data = _plain(tree, (), broken)
-    problems += [f"{where(key)}: {key}: {text}" for key, text in broken.items()]
-    try:
-        config = schema.model_validate(data)
-    except ValidationError as error:
-        for key, text in explain(error, data).items():
-            if not any(f"{key}.".startswith(f"{known}.") for known in broken):
-                problems.append(f"{where(key)}: {key}: {text}" if key else f"{file}: {text}")
-        raise InputError("\n".join(problems)) from error
-    if problems:
+def checked(read: ConfigTree, schema: type[SettingsT]) -> SettingsT:
+    """The config as `schema` has it; InputError with every problem."""
+    config, found = read.check(schema)
+    problems = [*read.problems]
+    for key, text in found.items():
+        problems.append(f"{read.where(key)}: {key}: {text}" if key else f"{read.file}: {text}")
+    if config is None or problems:
         raise InputError("\n".join(problems))
     return config
 

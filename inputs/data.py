@@ -165,9 +165,8 @@ def _load(config: DataConfig, names: tuple[str, ...], memory_budget: int) -> dic
         name: _renumber(source.labels, source.classes, classes, f"data.path={config.path}", name)
         for name, source in sources.items()
     }
-    rows = take_splits(
-        splits, {name: len(source.labels) for name, source in sources.items()}, config.split_seed
-    )
+    sizes = {name: len(source.labels) for name, source in sources.items()}
+    rows = take_splits(splits, sizes, config.split_seed, config.select_seed)
     readers = {
         source: sources[source].open(memory_budget)
         for source in dict.fromkeys(splits[name].source for name in names)

@@ -15,20 +15,34 @@ from inputs.randomness import generator
 __all__ = ["take_splits"]
 
 
+# These make the zoo: they come first, and do not move when *select* is drawn anew.
+_FIRST = ("fit", "tune")
+
+
 def take_splits(
-    splits: Mapping[str, SplitConfig], sizes: Mapping[str, int], seed: int
+    splits: Mapping[str, SplitConfig],
+    sizes: Mapping[str, int],
+    seed: int,
+    select_seed: int | None = None,
 ) -> dict[str, Int[Tensor, " rows"]]:
     """The rows of each split whose source is in `sizes` (source → number of rows).
 
     Each source's rows are permuted once, by `seed` and the source's name; the splits take theirs
-    one after another, so that they are disjoint. A fraction is of the whole source, rounded down.
+    one after another, *fit* and *tune* first, so that they are disjoint. A fraction is of the whole
+    source, rounded down. With a `select_seed`, what *fit* and *tune* leave of the source of
+    *select* is permuted again by it before the others take theirs; other sources stay as they are,
+    so that a *report* from a source of its own has the same images in the same order.
 
     Raises InputError with all overlapping and empty splits.
     """
     rows: dict[str, Tensor] = {}
     problems: list[str] = []
     for source, size in sizes.items():
-        takers = {name: split for name, split in splits.items() if split.source == source}
+        takers = {
+            name: splits[name]
+            for name in sorted(splits, key=lambda name: name not in _FIRST)
+            if splits[name].source == source
+        }
         counts = {name: _count(split, size) for name, split in takers.items()}
         asked = sum(
             split.fraction * size if split.fraction is not None else counts[name]
@@ -42,6 +56,11 @@ def take_splits(
             )
             continue
         order = torch.randperm(size, generator=generator(seed, source))
+        if select_seed is not None and "select" in takers:
+            taken = sum(counts[name] for name in takers if name in _FIRST)
+            left = order[taken:]
+            again = torch.randperm(len(left), generator=generator(select_seed, f"select/{source}"))
+            order = torch.cat([order[:taken], left[again]])
         start = 0
         for name, count in counts.items():
             if count == 0:

@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from inputs.randomness import generator
 from merge.checkpoints import Checkpoint, open_checkpoint
 from merge.coefficients import Ingredient
 from merge.errors import MergeError
@@ -59,6 +61,21 @@ def find_ingredients(config: ZooConfig) -> tuple[list[str], str | None]:
     return [str(e) for e in entries if str(e) not in bases and not _same(e, base)], base
 
 
+def draw_subset(paths: list[str], count: int, seed: int) -> list[str]:
+    """`count` of the paths, drawn by `seed`; they keep their order, and those of fewer are among
+    those of more.
+
+    Raises SoupError where there are not as many.
+    """
+    if count > len(paths):
+        raise SoupError(
+            f"zoo.subset: {count} is more than the {len(paths)} ingredients that there are; lower "
+            "it, or make a larger zoo"
+        )
+    drawn = torch.randperm(len(paths), generator=generator(seed, "zoo.subset"))[:count]
+    return [paths[k] for k in sorted(drawn.tolist())]
+
+
 def open_zoo(
     config: ZooConfig,
     model: nn.Module,
@@ -66,13 +83,16 @@ def open_zoo(
     cache: Path,
     memory_budget: int,
     progress: bool,
+    seed: int,
 ) -> Zoo:
     """Open and check all ingredients; hashes of unchanged files are taken from `cache`.
 
-    Raises MergeError with every problem in one report, and SoupError where there are not at
-    least two ingredients.
+    `seed` draws those of `zoo.subset`. Raises MergeError with every problem in one report, and
+    SoupError where there are not at least two ingredients, or not as many as the subset has.
     """
     paths, base_path = find_ingredients(config)
+    if config.subset is not None:
+        paths = draw_subset(paths, config.subset, seed)
     if len(paths) < 2:
         raise SoupError(
             f"{config.path}: found {len(paths)} ingredient{'s' * (len(paths) != 1)}; a soup needs "

@@ -18,9 +18,10 @@ from inputs.command import (
     new_app,
     reported_errors,
 )
-from inputs.config import load_config
+from inputs.config import checked, read_config
 from soups.config import LearnConfig
 from soups.errors import MISTAKES
+from soups.sweeps.sweep import is_sweep, plan_sweep, run_sweep
 
 app = new_app()
 
@@ -36,10 +37,16 @@ def learn(
     """Learn soups from a zoo of fine-tuned checkpoints and rank them.
 
     What is finished is not run again unless its inputs changed; run the same command to go on.
+    A config with `sweep` makes many runs of itself, and tables over all of them.
     """
     with reported_errors(debug, MISTAKES):
         configure_logging(quiet=quiet, debug=debug)
-        settings = load_config(config, overrides or [], LearnConfig)
+        read = read_config(config, overrides or [])
+        if is_sweep(read):
+            sweep = plan_sweep(read)
+            run_sweep(sweep, root=config.parent, fresh=fresh, progress=not quiet, say=say)
+            return
+        settings = checked(read, LearnConfig)
         from soups.pipeline import run
 
         run(settings, root=config.parent, fresh=fresh, progress=not quiet, say=say)

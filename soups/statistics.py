@@ -5,12 +5,16 @@ Arrays may be numpy's or torch tensors on the CPU. Everything is computed in flo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from soups.errors import SoupError
 
@@ -181,3 +185,123 @@ def _of_label(
     values: Float64[np.ndarray, "rows classes"], classes: Int[np.ndarray, " rows"]
 ) -> Float64[np.ndarray, " rows"]:
     return np.take_along_axis(values, classes[:, None], axis=1)[:, 0]
+
+
+# --- over several runs ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairedRun:
+    """right(a) − right(b) on each report image of one run.
+
+    `zoo` and `split` say which draws the run is from; runs with the same `images` have the same
+    report images in the same order.
+    """
+
+    zoo: str
+    split: str
+    images: str
+    difference: Float64[np.ndarray, " rows"]
+
+
+# Of fewer zoos than these nothing is known of others.
+FEWEST_ZOOS = 3
+
+
+def hierarchical_interval(
+    runs: Sequence[PairedRun], *, level: float = 0.95, resamples: int = 2000, seed: int
+) -> tuple[float, Interval]:
+    """The mean difference, over zoos, of their splits, of these runs, and its bootstrap interval.
+
+    Three or more zoos are resampled, whole; of fewer, the splits within each, whole, and the
+    interval speaks of these zoos alone. Resampling whole ones repeats all that varies inside them
+    (Davison & Hinkley 1997, section 3.8). Since they are few, their deviations are widened by
+    √(m/(m−1)) · t(m−1)/z, as Student's interval is (1411.5279). What they share is the images:
+    these are resampled too, for all runs that have them at once, and their deviations shrunk by the
+    variance that the splits have by themselves, so that it counts once. With one split, only
+    images are resampled.
+    """
+    if not runs:
+        raise SoupError("hierarchical interval: found no runs; wanted at least one")
+    if not 0 < level < 1:
+        raise SoupError(f"level is {level}; wanted a number between 0 and 1, such as 0.95")
+    strata = _strata(runs)
+    rng = np.random.default_rng(seed)
+    drawn = np.zeros(resamples)
+    by_images: dict[str, Float64[np.ndarray, " rows"]] = {}
+    counted: dict[str, float] = {}
+    centre = 0.0
+    for units in strata:
+        # Each is that part of the whole mean which one zoo, or one split, contributes.
+        totals = np.array([sum(float(v.mean()) for v in unit.values()) for unit in units])
+        centre += float(totals.sum())
+        drawn += _resampled_sums(totals - totals.mean(), level, resamples, rng)
+        for images in dict.fromkeys(key for unit in units for key in unit):
+            parts = [unit[images] for unit in units if images in unit]
+            before = by_images.get(images, np.zeros(1))
+            by_images[images] = before + np.sum(parts, axis=0)
+            counted[images] = counted.get(images, 0.0) + _own_variance(parts, len(units))
+    for images, values in by_images.items():
+        variance = float(values.var())
+        left = max(0.0, variance - counted[images])
+        if left > 0:
+            # The values are few: drawing how often each comes up is drawing images.
+            kinds, counts = np.unique(values.round(12), return_counts=True)
+            n = len(values)
+            means = rng.multinomial(n, counts / n, size=resamples) @ kinds / n
+            drawn += (means - values.mean()) * np.sqrt(left / variance)
+    return centre, _percentiles(centre + drawn, level)
+
+
+def _strata(runs: Sequence[PairedRun]) -> list[list[dict[str, Float64[np.ndarray, " rows"]]]]:
+    """What is resampled among each other: one list of all zoos, or one of each zoo's splits.
+
+    A unit maps images to its part of the mean over zoos, of splits, of runs, for each image.
+    """
+    tree: dict[str, dict[str, list[PairedRun]]] = {}
+    for run in runs:
+        tree.setdefault(run.zoo, {}).setdefault(run.split, []).append(run)
+    strata = []
+    for splits in tree.values():
+        units = []
+        for of_split in splits.values():
+            weight = 1 / (len(tree) * len(splits) * len(of_split))
+            units.append(_sums([{run.images: weight * run.difference} for run in of_split]))
+        strata.append(units)
+    return strata if len(tree) < FEWEST_ZOOS else [[_sums(units) for units in strata]]
+
+
+def _sums(
+    parts: Sequence[dict[str, Float64[np.ndarray, " rows"]]],
+) -> dict[str, Float64[np.ndarray, " rows"]]:
+    found: dict[str, Float64[np.ndarray, " rows"]] = {}
+    for part in parts:
+        for images, values in part.items():
+            found[images] = found[images] + values if images in found else values
+    return found
+
+
+def _own_variance(parts: Sequence[Float64[np.ndarray, " rows"]], units: int) -> float:
+    """The variance over images of the parts' sum that the units do not share: resampling them
+    has it already. All of it where they do not have the same images; none of a single unit's."""
+    if units < 2:
+        return 0.0
+    if len(parts) < units:
+        return float(sum(part.var() for part in parts))
+    mean = np.mean(parts, axis=0)
+    return float(sum((part - mean).var() for part in parts)) * units / (units - 1)
+
+
+def _resampled_sums(
+    deviations: Float64[np.ndarray, " units"],
+    level: float,
+    resamples: int,
+    rng: np.random.Generator,
+) -> Float64[np.ndarray, " resamples"]:
+    """Sums of resamples of the deviations, widened since there are few."""
+    m = len(deviations)
+    if m < 2:
+        return np.zeros(resamples)
+    tail = (1 + level) / 2
+    widened = np.sqrt(m / (m - 1)) * student.ppf(tail, m - 1) / norm.ppf(tail)
+    return widened * (rng.multinomial(m, np.full(m, 1 / m), size=resamples) @ deviations)

@@ -83,3 +83,41 @@ def test_fractions_that_make_whole_numbers_give_them():
     for hundredths in range(1, 101):
         rows = take_splits({"fit": _split("all", fraction=hundredths / 100)}, {"all": 100}, 0)
         assert len(rows["fit"]) == hundredths
+
+
+def test_another_select_leaves_what_the_zoo_was_made_from():
+    splits = {name: _split("train", count=20) for name in ("fit", "tune", "select")}
+    splits["report"] = _split("test")
+    sizes = {"train": 100, "test": 30}
+    plain = take_splits(splits, sizes, 3)
+    drawn = {seed: take_splits(splits, sizes, 3, seed) for seed in (0, 1)}
+    for rows in drawn.values():
+        # A report from a source of its own stays in order, so that runs can be compared by image.
+        for name in ("fit", "tune", "report"):
+            assert torch.equal(rows[name], plain[name])
+        taken = torch.cat([rows[name] for name in ("fit", "tune", "select")])
+        assert len(taken.unique()) == 60
+    selects = [plain["select"], drawn[0]["select"], drawn[1]["select"]]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert set(selects[a].tolist()) != set(selects[b].tolist())
+    again = take_splits(splits, sizes, 3, 1)
+    assert torch.equal(again["select"], drawn[1]["select"])
+    # A smaller select is the beginning of a larger one.
+    small = take_splits(splits | {"select": _split("train", count=5)}, sizes, 3, 1)
+    assert torch.equal(small["select"], drawn[1]["select"][:5])
+
+
+def test_another_select_moves_a_report_from_the_same_source():
+    splits = {name: _split("all", fraction=0.25) for name in NAMES}
+    plain, drawn = (take_splits(splits, {"all": 80}, 0, seed) for seed in (None, 7))
+    assert all(torch.equal(plain[name], drawn[name]) for name in ("fit", "tune"))
+    assert sorted(torch.cat(list(drawn.values())).tolist()) == list(range(80))
+    assert set(plain["report"].tolist()) != set(drawn["report"].tolist())
+
+
+def test_fit_and_tune_take_theirs_first():
+    splits = {name: _split("all", count=5) for name in ("select", "tune", "fit")}
+    rows = take_splits(splits, {"all": 20}, 0, 1)
+    other = take_splits(splits, {"all": 20}, 0, 2)
+    assert torch.equal(rows["fit"], other["fit"])
+    assert torch.equal(rows["tune"], other["tune"])

@@ -1,0 +1,85 @@
+"""The picture of a sweep: how far learners are from a baseline, as small multiples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from soups.plots import INK, clean_axes, name_rows, new_figure, save_figure
+from soups.reports.pictures import CURVE_COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from soups.sweeps.tables import Comparison
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def plot_comparisons(
+    found: Sequence[Comparison], axes: Sequence[str], path: str | Path, *, all_label: str
+) -> Figure:
+    """Draw differences to one baseline with their intervals and write a PNG file.
+
+    A row of panels for each zoo, a column for each label of the first of `axes`; in a panel the
+    learners, each with a mark for each label of the second axis. Further axes are averaged over.
+    """
+    columns_of = axes[0] if axes else None
+    marks_of = axes[1] if len(axes) == 2 else None
+    zoos = [*dict.fromkeys(one.zoo for one in found if one.zoo != all_label)] or [all_label]
+    learners = [*dict.fromkeys(one.learner for one in found)]
+    wanted = {axis for axis in (columns_of, marks_of) if axis}
+    shown = [one for one in found if set(one.fixed) == wanted]
+    columns = [*dict.fromkeys(one.fixed[columns_of] for one in shown)] if columns_of else [""]
+    marks = [*dict.fromkeys(one.fixed[marks_of] for one in shown)] if marks_of else [""]
+    height = max(0.3, 0.13 * len(marks)) * len(learners) + 0.9
+    figure = new_figure(2.2 + 2.6 * len(columns), height * len(zoos) + 0.8)
+    grid = figure.subplots(len(zoos), len(columns), sharex=True, sharey=True, squeeze=False)
+    for one in shown:
+        column = columns.index(one.fixed[columns_of] if columns_of else "")
+        mark = marks.index(one.fixed[marks_of] if marks_of else "")
+        if one.zoo in zoos:
+            panel = grid[zoos.index(one.zoo), column]
+            _draw(panel, one, learners.index(one.learner), mark, len(marks))
+    for row, zoo in enumerate(zoos):
+        for column, label in enumerate(columns):
+            title = f"{columns_of} {label}" if columns_of else ""
+            _dress(grid[row, column], f"{zoo}: {title}" if zoo != all_label else title)
+        name_rows(grid[row, 0], learners)
+    grid[0, 0].set_ylim(len(learners) - 0.4, -0.6)
+    baseline = found[0].baseline if found else ""
+    figure.supxlabel(f"report accuracy minus that of {baseline}, points; 95% intervals", fontsize=9)
+    if marks_of:
+        handles = [
+            grid[0, 0].plot([], [], MARKERS[m % len(MARKERS)], ms=4.5, color=_colour(m))[0]
+            for m in range(len(marks))
+        ]
+        names = [f"{marks_of} {label}" for label in marks]
+        figure.legend(
+            handles, names, loc="outside upper center", ncols=len(marks), frameon=False, fontsize=8
+        )
+    save_figure(figure, path)
+    return figure
+
+
+def _draw(axes: Axes, one: Comparison, learner: int, mark: int, marks: int) -> None:
+    y = learner + (mark - (marks - 1) / 2) * 0.75 / marks
+    low, high = one.interval
+    axes.hlines(y, 100 * low, 100 * high, _colour(mark), lw=1.4)
+    axes.plot(100 * one.mean, y, MARKERS[mark % len(MARKERS)], ms=4, color=_colour(mark), zorder=3)
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.grid(axis="x", color="#E6E6E6", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", nbins=6)
+    clean_axes(axes)
+
+
+def _colour(mark: int) -> str:
+    return CURVE_COLOURS[mark % len(CURVE_COLOURS)]

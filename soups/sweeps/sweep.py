@@ -1,0 +1,293 @@
+"""Many runs of one config: its axes as runs, checked together, run side by side, and gone on with.
+
+Imports no torch: that is for the workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from pydantic import ConfigDict
+from tqdm.auto import tqdm
+
+from inputs.config import ConfigTree, Settings
+from inputs.errors import InputError
+from soups.config import LearnConfig, SweepConfig, overlap, settings_of
+from soups.errors import SoupError
+from soups.record import RunRecord, check_writable, fingerprint, locked
+from soups.sweeps.cells import CELL_FILE, check_cells, make_zoos, run_cell
+from soups.sweeps.workers import Outcome, Workers, cores
+
+log = logging.getLogger(__name__)
+
+RUNS = "runs"
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: axis → label, and the config that this makes."""
+
+    labels: Mapping[str, str]
+    config: LearnConfig
+
+    @property
+    def name(self) -> str:
+        """The labels as the run's folder has them."""
+        return "/".join(self.labels.values())
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output / self.config.name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep: its own settings, the results folder, and its runs in the axes' order."""
+
+    settings: SweepConfig
+    folder: Path
+    cells: tuple[Cell, ...]
+    source: Mapping[str, Any]
+
+
+class _WithSweep(Settings):
+    model_config = ConfigDict(extra="ignore")
+
+    sweep: SweepConfig
+
+
+def is_sweep(read: ConfigTree) -> bool:
+    """Whether the config asks for many runs."""
+    return "sweep" in read.tree
+
+
+def plan_sweep(read: ConfigTree) -> Sweep:
+    """Every combination of the axes as a checked run in a folder `runs/<label>/…` of its own.
+
+    Raises InputError with every problem once, and the axis that it comes from.
+    """
+    found, problems = read.check(_WithSweep)
+    problems = {key: text for key, text in problems.items() if overlap(key, "sweep")}
+    if found is None or problems or read.problems:
+        lines = [f"{read.where(key)}: {key}: {text}" for key, text in problems.items()]
+        raise InputError("\n".join([*read.problems, *lines]))
+    settings = found.sweep
+    _refuse_covered(read, settings)
+    values = [
+        [(axis, label, settings_of(overrides)) for label, overrides in labels.items()]
+        for axis, labels in settings.axes.items()
+    ]
+    cells: list[Cell] = []
+    folder = Path()
+    wrong: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for chosen in itertools.product(*values):
+        labels = {axis: label for axis, label, _ in chosen}
+        overrides = {key: value for _, _, own in chosen for key, value in own.items()}
+        config, found_here = read.with_values(overrides, without=("sweep",)).check(LearnConfig)
+        for problem in found_here.items():
+            wrong.setdefault(problem, []).append(labels)
+        if config is None:
+            continue
+        for row in settings.compare:
+            if row not in config.learners:
+                text = f"there is no learner {row!r}; the learners are {', '.join(config.learners)}"
+                wrong.setdefault(("sweep.compare", text), []).append(labels)
+        folder = config.output / config.name
+        cells.append(Cell(labels, _placed(config, folder / RUNS, [*labels.values()])))
+    if wrong:
+        raise InputError("\n".join(_blame(read, settings, *one) for one in wrong.items()))
+    source = OmegaConf.to_container(read.tree)
+    assert isinstance(source, dict)
+    return Sweep(settings, folder, tuple(cells), {str(key): v for key, v in source.items()})
+
+
+def run_sweep(
+    sweep: Sweep, *, root: Path, fresh: bool, progress: bool, say: Callable[[str], None]
+) -> None:
+    """Make the zoos, run what is not finished, and write the tables over all runs.
+
+    `root` is where a model factory's path starts; `fresh` runs finished runs again. Raises
+    SoupError that names every run that failed, after the others.
+    """
+    keep_soups = sweep.settings.keep_soups
+    check_writable(sweep.folder)
+    with locked(sweep.folder):
+        count = min(sweep.settings.workers, len(sweep.cells))
+        axes = " × ".join(f"{len(labels)} {axis}" for axis, labels in sweep.settings.axes.items())
+        say(f"{len(sweep.cells)} runs: {axes}")
+        with Workers(count, max(1, cores() // count)) as workers:
+            zoos = _prepare(workers, sweep, root=root, progress=progress)
+            made_from = {
+                cell.name: _made_from(cell.config, zoo)
+                for cell, zoo in zip(sweep.cells, zoos, strict=True)
+            }
+            finished = [
+                cell.name
+                for cell in sweep.cells
+                if not fresh and _is_finished(cell, made_from[cell.name])
+            ]
+            if finished:
+                say(f"{len(finished)} are finished, in {sweep.folder / RUNS}: {_some(finished)}")
+            tasks = {
+                cell.name: (cell.config, root, fresh, made_from[cell.name], keep_soups)
+                for cell in sweep.cells
+                if cell.name not in finished
+            }
+            failed = _run(workers, tasks, progress=progress)
+        done = [cell for cell in sweep.cells if cell.name not in failed]
+        _write_tables(sweep, done, failed, threads=workers.threads, say=say)
+    if failed:
+        lines = "\n".join(f"{name}: {error}" for name, error in failed.items())
+        raise SoupError(
+            f"{len(failed)} of {len(sweep.cells)} runs failed; run the same command to try them "
+            f"again:\n{lines}"
+        )
+
+
+def _prepare(workers: Workers, sweep: Sweep, *, root: Path, progress: bool) -> list[str]:
+    """Check all runs against their images and zoos, then make the zoos; each run's zoo."""
+    configs = [cell.config for cell in sweep.cells]
+    (checked,) = workers.run(check_cells, [(configs,)])
+    problems = _result(checked)
+    if problems:
+        names: dict[str, list[str]] = {}
+        for cell, problem in problems:
+            names.setdefault(problem, []).append(sweep.cells[cell].name)
+        raise SoupError("\n".join(f"runs {_some(cells)}: {text}" for text, cells in names.items()))
+    threads = workers.threads * min(sweep.settings.workers, len(sweep.cells))
+    (made,) = workers.run(make_zoos, [(configs, root, threads, progress)])
+    return _result(made)
+
+
+def _result(outcome: Outcome) -> Any:
+    for warning in outcome.warnings:
+        log.warning(warning)
+    if outcome.error is not None:
+        raise SoupError(outcome.error)
+    return outcome.result
+
+
+def _run(workers: Workers, tasks: Mapping[str, tuple], *, progress: bool) -> dict[str, str]:
+    """Run the cells; the names of those that failed, with their errors."""
+    failed: dict[str, str] = {}
+    warned: dict[str, list[str]] = {}
+    names = [*tasks]
+    with tqdm(total=len(tasks), desc="runs", unit="run", disable=not progress) as bar:
+        for outcome in workers.run(run_cell, [*tasks.values()]):
+            name = names[outcome.task]
+            if outcome.error is not None:
+                failed[name] = outcome.error
+            for warning in outcome.warnings:
+                warned.setdefault(warning, []).append(name)
+            bar.set_postfix_str(name)
+            bar.update()
+    for warning, where in warned.items():
+        log.warning("%s (%s)", warning, _some(where))
+    return failed
+
+
+def _write_tables(
+    sweep: Sweep,
+    done: Sequence[Cell],
+    failed: Mapping[str, str],
+    *,
+    threads: int,
+    say: Callable[[str], None],
+) -> None:
+    from soups.sweeps.tables import read_run, write_tables
+
+    runs = [read_run(cell.folder, cell.labels, cell.config) for cell in done]
+    seconds = [_cell_record(cell)["seconds"] for cell in done]
+    record = RunRecord(
+        sweep.folder / "run.json",
+        config=sweep.source,
+        seed=sweep.cells[0].config.seed,
+        device=f"{sweep.settings.workers} workers with {threads} threads each",
+    )
+    record.add(runs=len(sweep.cells), failed=dict(failed), seconds_of_runs=sum(seconds))
+    record.save()
+    if runs:
+        say(write_tables(sweep.folder, runs, sweep.settings))
+        minutes = sum(seconds) / 60
+        say(f"\n{sweep.folder}: {len(runs)} runs, {minutes:,.1f} minutes of one worker in all")
+
+
+def _made_from(config: LearnConfig, zoo: str) -> str:
+    """What decides a run's results; not its folder, which may be moved."""
+    settings = config.model_dump(mode="json", by_alias=True, exclude={"name", "output"})
+    return fingerprint({"config": settings, "zoo": zoo})
+
+
+def _is_finished(cell: Cell, made_from: str) -> bool:
+    outputs = ("leaderboard.csv", "predictions.npz", "run.json")
+    return _cell_record(cell).get("made_from") == made_from and all(
+        (cell.folder / output).is_file() for output in outputs
+    )
+
+
+def _cell_record(cell: Cell) -> dict[str, Any]:
+    path = cell.folder / CELL_FILE
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SoupError(f"{path}: is not JSON ({error}); remove it and run again") from error
+
+
+def _placed(config: LearnConfig, runs: Path, labels: list[str]) -> LearnConfig:
+    """The config with a folder of its own in that of the runs."""
+    # Pictures of each run are drawn only where the config asks for them by name.
+    pictures = config.pictures and "pictures" in config.model_fields_set
+    place = {"name": labels[-1], "output": runs.joinpath(*labels[:-1]), "pictures": pictures}
+    return config.model_copy(update=place)
+
+
+def _refuse_covered(read: ConfigTree, settings: SweepConfig) -> None:
+    """InputError for overrides that would change nothing, since an axis sets the key after them."""
+    covered = [
+        f"override {override!r}: the axis {axis} sets `{key}`; change sweep.axes.{axis} instead"
+        for name, override in read.given.items()
+        for axis, labels in settings.axes.items()
+        for key in sorted({key for own in labels.values() for key in settings_of(own)})
+        if f"{name}.".startswith(f"{key}.")
+    ]
+    if covered:
+        raise InputError("\n".join(covered))
+
+
+def _blame(
+    read: ConfigTree,
+    settings: SweepConfig,
+    problem: tuple[str, str],
+    found: Sequence[Mapping[str, str]],
+) -> str:
+    """The problem with the axis and labels that it comes from, or with the file."""
+    key, text = problem
+    said = f"{key}: {text}" if key else text
+    for axis, labels in settings.axes.items():
+        setters = {
+            label
+            for label, own in labels.items()
+            if any(overlap(key, other) for other in settings_of(own))
+        }
+        blamed = dict.fromkeys(own[axis] for own in found if own[axis] in setters)
+        if key and blamed:
+            return f"{read.file}: sweep.axes.{axis} ({', '.join(blamed)}): {said}"
+    every = len(found) == len(list(itertools.product(*settings.axes.values())))
+    where = "" if every else f" (in {_some(['/'.join(own.values()) for own in found])})"
+    return f"{read.where(key)}: {said}{where}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

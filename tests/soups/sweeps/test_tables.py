@@ -1,0 +1,184 @@
+"""Tables and the picture over several runs, from tables of known numbers."""
+
+import csv
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from inputs.config import DataConfig
+from soups.config import SweepConfig
+from soups.statistics import PairedRun, hierarchical_interval
+from soups.sweeps.tables import (
+    RunResult,
+    _report_images,
+    compare,
+    comparison_tables,
+    mean_table,
+    write_tables,
+)
+
+ZOOS, SPLITS, IMAGES, SIZES = ("bn", "ln"), ("0", "1", "2"), ("250", "1000"), ("4", "8")
+
+
+def settings(**changes) -> SweepConfig:
+    axes = {
+        "zoo": {zoo: {"zoo.path": zoo} for zoo in ZOOS},
+        "split": {"keys": ["seed"], "values": [0, 1, 2]},
+        "images": {"keys": ["data.select.count"], "values": [250, 1000]},
+        "ingredients": {"keys": "zoo.subset", "values": [4, 8]},
+    }
+    return SweepConfig.model_validate({"axes": axes} | changes)
+
+
+def row(learner: str, right: np.ndarray, **values) -> dict[str, str]:
+    found = {"learner": learner, "kind": "soup", "report_accuracy": right.mean()}
+    found |= {"select_accuracy": 0.9, "out_of_fold_accuracy": "", "seconds": 2.0}
+    found |= {"forward_passes": 4, "backward_passes": 1}
+    return {key: str(value) for key, value in (found | values).items()}
+
+
+@pytest.fixture
+def runs() -> list[RunResult]:
+    """Greedy is right on 70%, pooled on the same and some more, uniform on fewer."""
+    rng = np.random.default_rng(0)
+    found = []
+    for zoo, split, images, size in itertools.product(ZOOS, SPLITS, IMAGES, SIZES):
+        greedy = rng.random(300) < 0.7
+        pooled = greedy | (rng.random(300) < (0.2 if zoo == "bn" else 0.05))
+        uniform = greedy & (rng.random(300) < 0.9)
+        right = {"greedy": greedy, "pooled": pooled, "uniform": uniform}
+        labels = {"zoo": zoo, "split": split, "images": images, "ingredients": size}
+        rows = tuple(row(learner, outcome) for learner, outcome in right.items())
+        found.append(RunResult(labels, rows, right, "the same"))
+    return found
+
+
+def test_a_comparison_is_over_the_runs_that_it_names(runs: list[RunResult]):
+    found = {
+        (one.learner, one.zoo, tuple(one.fixed.items())): one for one in compare(runs, settings())
+    }
+    # Two learners, in two zoos and all, over all, by each axis, and by both at once.
+    assert len(found) == 2 * 3 * (1 + 2 + 2 + 4)
+    one = found["pooled", "bn", (("images", "250"), ("ingredients", "8"))]
+    chosen = [
+        run
+        for run in runs
+        if run.labels["zoo"] == "bn"
+        and run.labels["images"] == "250"
+        and run.labels["ingredients"] == "8"
+    ]
+    assert (one.runs, one.splits, one.ahead) == (3, 3, 3)
+    differences = [run.right["pooled"].mean() - run.right["greedy"].mean() for run in chosen]
+    assert one.mean == pytest.approx(np.mean(differences))
+    assert one.interval.low < one.mean < one.interval.high
+    overall = found["uniform", "all", ()]
+    assert (overall.runs, overall.splits, overall.ahead) == (24, 6, 0)
+    assert overall.interval.high < 0
+    paired = [
+        PairedRun(
+            run.labels["zoo"],
+            run.labels["split"],
+            "the same",
+            run.right["uniform"].astype(float) - run.right["greedy"],
+        )
+        for run in runs
+    ]
+    assert (overall.mean, overall.interval) == hierarchical_interval(paired, seed=0)
+
+
+def test_a_learner_that_some_runs_lack_is_compared_where_it_is(runs: list[RunResult]):
+    for run in runs[::2]:
+        del run.right["pooled"]  # type: ignore[attr-defined]
+    found = [one for one in compare(runs, settings()) if one.learner == "pooled"]
+    assert all(one.fixed.get("ingredients") in (None, "8") for one in found)
+    assert {one.runs for one in found if not one.fixed} == {6, 12}
+
+
+def test_without_zoos_and_splits_all_runs_are_one(runs: list[RunResult]):
+    axes = {"images": {"keys": "data.select.count", "values": [250, 1000]}}
+    own = [
+        RunResult({"images": run.labels["images"]}, run.rows, run.right, run.images)
+        for run in (runs[0], runs[2])
+    ]
+    found = [*compare(own, settings(axes=axes))]
+    assert {one.zoo for one in found} == {"all"}
+    assert {one.splits for one in found} == {1}
+    assert len(found) == 2 * (1 + 2)
+
+
+def test_the_files(runs: list[RunResult], tmp_path: Path):
+    text = write_tables(tmp_path, runs, settings(compare=["greedy", "uniform"]))
+    table = pd.read_csv(tmp_path / "runs.csv")
+    assert len(table) == 24 * 3
+    assert table["images"].unique().tolist() == [250, 1000]
+    found = pd.read_csv(tmp_path / "comparisons.csv")
+    assert set(found["baseline"]) == {"greedy", "uniform"}
+    overall = found[(found["zoo"] == "all") & (found["images"] == "all")]
+    expected = 100 * np.mean(
+        [run.right["pooled"].mean() - run.right["greedy"].mean() for run in runs]
+    )
+    chosen = overall[
+        (overall["baseline"] == "greedy")
+        & (overall["learner"] == "pooled")
+        & (overall["ingredients"] == "all")
+    ]
+    assert chosen["mean_points"].item() == pytest.approx(expected)
+    assert chosen["low_points"].item() < expected < chosen["high_points"].item()
+    written = (tmp_path / "comparisons.md").read_text()
+    assert text in written
+    assert "24 runs over 3 splits and 2 zoos; 300 report images" in written
+    assert "Two zoos are taken as they are" in written
+    for baseline in ("greedy", "uniform"):
+        picture = tmp_path / "pictures" / f"comparisons_{baseline}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    first = picture.read_bytes()
+    write_tables(tmp_path, runs, settings(compare=["greedy", "uniform"]))
+    assert picture.read_bytes() == first
+
+
+def test_the_tables_read_as_they_should(runs: list[RunResult]):
+    found = [*compare(runs, settings())]
+    text = comparison_tables(found, settings())
+    assert "## Report accuracy minus that of greedy, points [95%], by images" in text
+    assert "by ingredients" in text
+    lines = [line for line in text.splitlines() if line.startswith("| bn    | pooled")]
+    assert len(lines) == 2
+    overall = next(
+        one for one in found if (one.learner, one.zoo, one.fixed) == ("pooled", "bn", {})
+    )
+    assert f"{100 * overall.mean:+.2f} [" in lines[0].split("|")[-2]
+    means = mean_table(runs, settings())
+    assert "| bn    | greedy" in means
+    # No run was cross-fitted: the column is empty, and not a mean of nothing.
+    cells = next(csv.reader(io.StringIO(means.splitlines()[4]), delimiter="|"))
+    assert cells[5].strip() == ""
+    assert cells[4].strip() == "90.00"
+
+
+def test_which_runs_share_their_report():
+    def images(**changes) -> str:
+        parts = {
+            "path": "digits",
+            "fit": {"from": "train", "count": 5},
+            "tune": {"from": "train", "count": 5},
+            "select": {"from": "train", "count": 5},
+            "report": {"from": "test"},
+        }
+        return _report_images(DataConfig.model_validate(parts | changes))
+
+    plain = images()
+    assert images(select_seed=3, size=24, select={"from": "train", "count": 9}) == plain
+    assert images(split_seed=1) != plain
+    assert images(report={"from": "test", "count": 2}) != plain
+    inside = {"report": {"from": "train", "count": 5}}
+    assert images(**inside, select_seed=3) != images(**inside, select_seed=4)
+    assert images(**inside) != images(**inside, select={"from": "train", "count": 9})
+
+
+def test_a_comparison_of_nothing_has_no_row():
+    assert [*compare([], settings())] == []
+    assert "| zoo" in comparison_tables([], settings())
