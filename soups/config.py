@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -19,8 +20,8 @@ from pydantic import (
 )
 
 from fleet.recipes import Recipe
-from inputs.config import ByteSize, DataConfig, ModelConfig, Settings
-from soups.learners.registry import LearnerSettings
+from inputs.config import ByteSize, DataConfig, ModelConfig, Settings, nearest
+from soups.learners.registry import BestSingle, Greedy, LearnerSettings, Pooled, Uniform
 from soups.reports.registry import ReportSettings
 
 RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
@@ -148,10 +149,12 @@ class ZooConfig(Settings):
 
     `base` is the checkpoint that they were fine-tuned from, where it is known. `skip` names (as
     globs) tensors that are left out of the mixing. `finetune` makes the zoo where it is missing.
+    `subset` takes so many of the ingredients, drawn by the run's seed; they keep their order.
     """
 
     path: Path
     ingredients: list[str] | None = None
+    subset: Annotated[int, Field(ge=2)] | None = None
     base: str | None = None
     skip: list[str] = []
     ema: bool = False
@@ -172,9 +175,105 @@ class References(Settings):
     lrs: Annotated[list[PositiveFloat], Field(min_length=1)] = [1e-4, 1e-3]
 
 
+def _labels(axis: Any) -> Any:
+    """An axis as label → overrides, whichever way it was written."""
+    if not isinstance(axis, dict):
+        return axis
+    if not {"keys", "values"} & set(axis):  # in YAML, 16 is a number also where it is a name
+        return {str(k) if isinstance(k, int | float) else k: own for k, own in axis.items()}
+    keys, values = axis.get("keys"), axis.get("values")
+    keys = [keys] if isinstance(keys, str) else keys
+    if set(axis) != {"keys", "values"} or not isinstance(keys, list) or not keys:
+        raise ValueError(
+            "wanted `keys` (a dotted key, or several that all get the value) and `values` (a "
+            "list), or a mapping from labels to overrides"
+        )
+    if not isinstance(values, list):
+        raise ValueError("`values`: wanted a list")
+    odd = [v for v in values if not isinstance(v, bool | int | float | str)]
+    if odd:
+        raise ValueError(
+            f"`values`: {odd[0]!r} cannot be the name of a folder; write this axis as a mapping "
+            "from labels to overrides"
+        )
+    labels = {str(value): dict.fromkeys(keys, value) for value in values}
+    if len(labels) < len(values):
+        raise ValueError(f"`values`: {', '.join(map(str, values))} has one value twice")
+    return labels
+
+
+Axis = Annotated[
+    dict[RowName, dict[str, Any]], BeforeValidator(_labels), Field(min_length=1, title="axis")
+]
+# A sweep says these itself.
+_OF_THE_SWEEP = ("sweep", "name", "output")
+
+
+class SweepConfig(Settings):
+    """Many runs of one config: every combination of the axes' labels is a run.
+
+    An axis maps labels to overrides (dotted keys or nested mappings; a mapping is merged into the
+    one there), or is `keys` and `values`: each value is given to all of the keys. `workers`
+    processes share the cores, each within the config's own memory budget. Of a run's soups only the
+    coefficients stay, unless `keep_soups` is set. Learners are compared
+    with those in `compare` on *report*; runs that differ in the axis `repeats` alone are draws of
+    the same thing, and those of the axis `zoos` are kept apart and also averaged.
+    """
+
+    axes: Annotated[dict[RowName, Axis], Field(min_length=1)]
+    workers: PositiveInt = 1
+    keep_soups: bool = False
+    compare: list[RowName] = ["greedy"]
+    repeats: str = "split"
+    zoos: str = "zoo"
+
+    @model_validator(mode="after")
+    def _axes_that_are_apart(self) -> SweepConfig:
+        for field in ("repeats", "zoos"):
+            name = getattr(self, field)
+            if field in self.model_fields_set and name not in self.axes:
+                raise ValueError(f"`{field}`: there is no axis {name!r}{nearest(name, self.axes)}")
+        problems: list[str] = []
+        setter: dict[str, str] = {}
+        for axis, labels in self.axes.items():
+            keys = {key for values in labels.values() for key in settings_of(values)}
+            for key in sorted(keys):
+                if key.partition(".")[0] in _OF_THE_SWEEP:
+                    problems.append(f"axes.{axis}: sets `{key}`, which a sweep does itself")
+                for other, by in setter.items():
+                    if overlap(key, other):
+                        problems.append(f"axes {by} and {axis} both set `{key}`")
+            setter |= dict.fromkeys(keys, axis)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
+    """An axis's overrides as dotted keys, each as deep as mappings go, and their values."""
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if isinstance(value, dict) and value:
+            flat |= {f"{key}.{inner}": found for inner, found in settings_of(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def overlap(a: str, b: str) -> bool:
+    """Whether one dotted key is the other, or inside of it."""
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+
+
 class LearnConfig(Settings):
     """One run of `soups.learn`: every row under `learners` becomes a row of the leaderboard, and
-    every row under `reports` a table and a picture of its own."""
+    every row under `reports` a table and a picture of its own. Where there are no `learners`, they
+    are the classics and `pooled`. Without `pictures` those of the
+    learners and of the leaderboard are not drawn.
+
+    Every learner is cross-fitted on `out_of_fold` folds of *select*, for its accuracy on images
+    that it has not seen; 0 turns that off.
+    """
 
     name: RowName
     seed: NonNegativeInt = 0
@@ -187,9 +286,30 @@ class LearnConfig(Settings):
     model: ModelConfig
     data: DataConfig
     zoo: ZooConfig
-    learners: Annotated[dict[RowName, LearnerSettings], Field(min_length=1)]
+    learners: Annotated[dict[RowName, LearnerSettings], Field(min_length=1)] = {
+        "best_single": BestSingle(),
+        "uniform": Uniform(),
+        "greedy": Greedy(),
+        "pooled": Pooled(),
+    }
     references: References = References()
+    out_of_fold: NonNegativeInt = 5
     reports: dict[RowName, ReportSettings] = {}
+    pictures: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_run(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "sweep" in values:
+            raise ValueError("`sweep` makes many runs of this; only `python -m soups.learn` can")
+        return values
+
+    @field_validator("out_of_fold")
+    @classmethod
+    def _not_one_fold(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("one fold leaves no images to learn from; 0 turns it off")
+        return folds
 
     @field_validator("learners", "reports", mode="before")
     @classmethod

@@ -130,14 +130,22 @@ class Mixture:
                 else:
                     centre.copy_(values)
 
-    def load_block(self, ingredients: Sequence[Checkpoint]) -> None:
-        """Read a block of ingredients as rows `w_k − centre`, rounded to the precision."""
+    def load_block(
+        self,
+        ingredients: Sequence[Checkpoint],
+        origin: Float[Tensor, " weights"] | None = None,
+    ) -> None:
+        """Read a block of ingredients as rows `w_k − origin`, rounded to the precision.
+
+        The origin is the centre unless it is given.
+        """
+        origin = self.centre if origin is None else origin
         self._take_rows(len(ingredients))
         squares = torch.zeros(2, self.groups, dtype=torch.float64)
         for k, ingredient in enumerate(_in_turn(ingredients)):
             in_place = None if self.rounded else self.rows.codes[k]
             for piece, values in self._read(ingredient, in_place):
-                values.sub_(self.centre[piece.flat])
+                values.sub_(origin[piece.flat])
                 if self.rounded:
                     squares[:, piece.group] += self._round(k, piece, values, ingredient)
         lost, whole = squares

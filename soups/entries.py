@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from inputs.config import Settings
 from inputs.data import ImageSet
 from merge.coefficients import Coefficients
 from soups.candidates import Files, Models
 from soups.leaderboard import Metrics, Row, load_predictions, save_predictions, score
+from soups.learners.registry import BestSingle, Greedy, GreedyFull, Uniform, WiseFT
 from soups.record import fingerprint
 from soups.run import Run
 from soups.session import Session
@@ -45,6 +47,7 @@ class Entry:
     temperature: float = 1.0
     team: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    free_coefficients: int | None = None
 
 
 def soup_entry(this: Run, row: str, soup: Coefficients) -> Entry:
@@ -62,7 +65,32 @@ def soup_entry(this: Run, row: str, soup: Coefficients) -> Entry:
         model=this.soup(row),
         temperature=soup.temperature,
         notes=_notes(learned["record"]),
+        free_coefficients=free_coefficients(
+            this.config.learners[row], soup, learned["record"], this.session.numels
+        ),
     )
+
+
+def free_coefficients(
+    settings: Settings, soup: Coefficients, record: Mapping[str, Any], mixed: Container[str]
+) -> int:
+    """How many numbers the learner was free to choose, as its record says, or by its kind.
+
+    A choice among K ingredients counts as K − 1, a place on a line as 1, and columns over G groups
+    of `mixed` tensors, which sum to one, as (K − 1)·G.
+    """
+    if "free_coefficients" in record:
+        return record["free_coefficients"]
+    choice = len(soup.ingredients) - 1
+    match settings:
+        case Uniform():
+            return 0
+        case BestSingle() | Greedy() | GreedyFull():
+            return choice
+        case WiseFT():
+            return 1 + (choice if settings.soup == "greedy" else 0)
+    groups = sum(any(name in mixed for name in names) for names in soup.groups.values())
+    return choice * groups
 
 
 def _notes(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -187,6 +215,7 @@ def _row(this: Run, entry: Entry) -> tuple[Row, dict[str, np.ndarray]]:
         forward_passes=entry.spent["forward_passes"],
         backward_passes=entry.spent["backward_passes"],
         notes=entry.notes,
+        free_coefficients=entry.free_coefficients,
     )
     path = this.folder / "work" / name / "predictions.npz"
     return row, load_predictions(path)[entry.row]

@@ -57,12 +57,33 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class CrossFitted:
+    """What cross-fitting on *select* has found: each image is judged by a soup of the learner that
+    was learned without the image's fold.
+
+    `accuracy` is a fraction, `loss` in nats. `standard_error` is that of the row's accuracy on
+    *select* minus this one, paired over the images. `own`: the learner has cross-fitted itself, to
+    choose what it returns. Else what it has cost is not in the row's own cost.
+    """
+
+    accuracy: float
+    folds: int
+    loss: float | None = None
+    standard_error: float | None = None
+    own: bool = False
+    seconds: float = 0.0
+    forward_passes: float = 0.0
+    backward_passes: float = 0.0
+
+
+@dataclass(frozen=True)
 class Row:
     """One learner (kind `soup`), or one thing to compare with (kind `reference`).
 
     `ingredients` are those it uses, of `zoo_size`. `extra` maps further report sets to accuracies.
     `forward_passes` and `backward_passes` are examples through one model, over the size of
-    *select*. `interval` is that of the report accuracy, `difference` the report accuracy minus
+    *select*. `free_coefficients` is how many numbers the learner was free to choose, where that is
+    known. `interval` is that of the report accuracy, `difference` the report accuracy minus
     that of `baseline`, with its paired interval: `with_intervals` fills these.
     """
 
@@ -78,6 +99,8 @@ class Row:
     forward_passes: float = 0.0
     backward_passes: float = 0.0
     notes: tuple[str, ...] = ()
+    free_coefficients: int | None = None
+    out_of_fold: CrossFitted | None = None
     interval: Interval | None = None
     baseline: str = ""
     difference: float | None = None
@@ -156,7 +179,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
     best = max((row.report.accuracy for row in rows if row.kind == "soup"), default=math.inf)
     sets = _extra_sets(rows)
     headers, right = ["learner", "ingredients"], ["left", "right"]
-    headers += ["select %", "report % [95%]"]
+    cross_fitted = any(row.out_of_fold for row in rows)
+    headers += ["select %", *(["out of fold %"] if cross_fitted else []), "report % [95%]"]
     headers += [f"vs {name} [95%]" for name in _baselines(rows)]
     headers += [*(f"{kind} %" for kind in sets), "worst class %"]
     headers += ["loss → scaled", "calibration error % → scaled", "seconds", "peak memory"]
@@ -167,6 +191,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
         bold = row.kind == "soup" and row.report.accuracy == best
         report = f"**{_percent(row.report.accuracy)}**" if bold else _percent(row.report.accuracy)
         line = [row.learner.replace("|", "\\|"), _used(row), _percent(row.select.accuracy)]
+        if cross_fitted:
+            line.append(_percent(row.out_of_fold and row.out_of_fold.accuracy))
         line.append(f"{report} {_ends(row.interval)}".strip())
         if _baselines(rows):
             line.append(_difference(row))
@@ -190,25 +216,29 @@ def markdown_table(rows: Sequence[Row]) -> str:
 def terminal_table(rows: Sequence[Row]) -> str:
     """The main columns as plain text, at most 160 wide; soups above the line, references below it.
 
-    `shifted` is the mean over all extra report sets.
+    `shifted` is the mean over all extra report sets, `worst` the accuracy of the worst
+    class, `memory` the peak.
     """
     baselines = _baselines(rows)
     shifted = [name for names in _extra_sets(rows).values() for name in names]
-    headers = ["learner", "used", "select %", "report % [95%]"]
+    cross_fitted = any(row.out_of_fold for row in rows)
+    headers = ["learner", "used", "select %"]
+    headers += [*(["out of fold"] if cross_fitted else []), "report % [95%]"]
     headers += [f"vs {name} [95%]" for name in baselines]
     headers += [
         *(["shifted %"] if shifted else []),
-        "worst class",
+        "worst",
         "loss",
         "seconds",
-        "peak memory",
+        "memory",
     ]
 
     def cells(row: Row) -> list[str]:
         return [
-            textwrap.shorten(row.learner, 32, placeholder=" …"),
+            textwrap.shorten(row.learner, 26, placeholder=" …"),
             _used(row),
             _percent(row.select.accuracy),
+            *([_percent(row.out_of_fold and row.out_of_fold.accuracy)] if cross_fitted else []),
             f"{_percent(row.report.accuracy)} {_ends(row.interval)}".strip(),
             *([_difference(row)] if baselines else []),
             *([_percent(_mean(row, shifted))] if shifted else []),
@@ -326,6 +356,12 @@ def _record(row: Row, extra: Sequence[str]) -> dict[str, Any]:
     }
     for split, metrics in (("select", row.select), (REPORT, row.report)):
         record |= {f"{split}_{f.name}": getattr(metrics, f.name) for f in fields(Metrics)}
+    found = row.out_of_fold
+    record |= {
+        f"out_of_fold_{f.name}": getattr(found, f.name) if found else None
+        for f in fields(CrossFitted)
+    }
+    record["free_coefficients"] = row.free_coefficients
     low, high = row.interval or (None, None)
     record |= {"report_accuracy_low": low, "report_accuracy_high": high}
     low, high = row.difference_interval or (None, None)
@@ -346,6 +382,19 @@ def _caption(rows: Sequence[Row], data: str, select_examples: int, report_exampl
         f"Data: {data}. Soups were learned on *select* ({select_examples:,} images) and measured "
         f"on *report* ({report_examples:,} images); report accuracy decides the order."
     ]
+    folds = sorted({row.out_of_fold.folds for row in rows if row.out_of_fold})
+    if folds:
+        lines.append(
+            "“Out of fold” is the accuracy on *select* where each image is judged by a soup that "
+            f"was learned without it ({' or '.join(map(str, folds))} folds). What that has cost "
+            "is in `leaderboard.csv`, and not in the seconds and passes of the row."
+        )
+    own = [row.learner for row in ranked(rows) if row.out_of_fold and row.out_of_fold.own]
+    if own:
+        lines[-1] += (
+            f" {', '.join(own)}: on the folds by which the learner itself has chosen, so slightly "
+            "flattering."
+        )
     if any(row.interval for row in rows):
         lines.append(
             "[low, high] are 95% percentile bootstrap intervals over the report images: what "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from inputs.data import LearningData, load_learning_data, load_report_data
 from inputs.models import build_model
 from merge.coefficients import Coefficients
 from soups.barrier import probe_midpoints
+from soups.checks import select_problems
 from soups.config import LearnConfig
+from soups.cross_fitting import cross_fit_rows, keep_own, with_out_of_fold
 from soups.entries import evaluate_entries, soup_entry
 from soups.errors import SoupError
 from soups.ingredients import find_ingredients, open_zoo
@@ -28,9 +30,10 @@ from soups.leaderboard import (
     with_intervals,
     write_leaderboard,
 )
-from soups.learners.registry import LEARNERS, Descent, GreedyFull, LearnerSettings, WiseFT
+from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
+from soups.overfitting_plot import plot_overfitting
 from soups.plan import Costs, RowPlan, check_budget, measure_activations, plan_learners, plan_table
 from soups.plots import plot_coefficients, plot_leaderboard
 from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
@@ -64,15 +67,14 @@ def run(
         soups = {
             row: _soup(this, row, settings, plans[row]) for row, settings in config.learners.items()
         }
+        cross_fit_rows(this, {row: plan.block_size for row, plan in plans.items()})
         make_reports(this, soups)
         this.session.release()
         rows = _leaderboard(this, soups)
     say(terminal_table(rows))
-    reports = ", reports/" if config.reports else ""
-    say(
-        f"\n{folder}: leaderboard.md, leaderboard.csv, run.json, coefficients/, soups/, "
-        f"pictures/{reports}"
-    )
+    found = ["leaderboard.md", "leaderboard.csv", "run.json", "coefficients/", "soups/"]
+    found += ["pictures/"] * config.pictures + ["reports/"] * bool(config.reports)
+    say(f"\n{folder}: {', '.join(found)}")
     return rows
 
 
@@ -108,6 +110,7 @@ def open_run(
         cache=folder / "work" / "scans.json",
         memory_budget=config.memory_budget,
         progress=progress,
+        seed=config.seed,
     )
     norms = NormBuffers(model, config.norm_buffers, zoo, data.fit)
     session = Session(
@@ -150,18 +153,7 @@ def _device_name(device: torch.device) -> str:
 
 def _check_learners(config: LearnConfig, data: LearningData) -> None:
     """What can be known to fail before any long work; all of it in one SoupError."""
-    problems = [
-        f"learners.{row}.batch_size: {settings.batch_size} is more than the {len(data.select)} "
-        "images of select; lower it, or give select more images"
-        for row, settings in config.learners.items()
-        if isinstance(settings, Descent) and settings.batch_size > len(data.select)
-    ]
-    problems += [
-        f"learners.{row}.folds: {settings.folds} is more than the {len(data.select)} images of "
-        "select; lower it, or give select more images"
-        for row, settings in config.learners.items()
-        if isinstance(settings, GreedyFull) and settings.folds > len(data.select)
-    ]
+    problems = select_problems(config.learners, len(data.select))
     made = config.zoo.finetune is not None and config.zoo.ingredients is None
     known = made or find_ingredients(config.zoo)[1] is not None
     problems += [
@@ -209,12 +201,15 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
             batch_size=session.eval_batch_size,
             sources=len(session.sources.checkpoints),
             select=len(session.select),
+            classes=len(session.select.classes),
+            tensors=len(session.numels),
             device=session.device.type,
             budget=budget,
         )
         steps.finish("measure", inputs, [], {"midpoints": midpoints, "costs": vars(costs)})
     measured = steps.result("measure")
-    plans = plan_learners(this.config.learners, Costs(**measured["costs"]))
+    costs = Costs(**measured["costs"])
+    plans = plan_learners(this.config.learners, costs, folds=this.folds)
     warnings = [m["warning"] for m in measured["midpoints"] if m["warning"]]
     for warning in warnings:
         log.warning(warning)
@@ -258,11 +253,12 @@ def _soup(this: Run, row: str, settings: LearnerSettings, plan: RowPlan) -> Coef
         session.load(coefficients)
         selected = session.logits()
         coefficients.save(path)
+        outcomes = keep_own(session.record, row, this.folder / "work" / "learn" / row)
         result = spent | {
             "select_accuracy": accuracy(correctness(selected, session.select.labels)),
             "record": session.record,
         }
-        steps.finish(f"learn/{row}", inputs, [path], result)
+        steps.finish(f"learn/{row}", inputs, [path, *outcomes], result)
     coefficients = Coefficients.load(path)
     _cook(this, row, coefficients)
     return coefficients
@@ -296,6 +292,7 @@ def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
     predictions = {row.learner: right for row, right in evaluated}
     singles = [r for r, s in config.learners.items() if s.type == "best_single"]
     rows = with_intervals(rows, predictions, baseline=next(iter(singles), None), seed=config.seed)
+    rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
     write_leaderboard(
         rows,
@@ -304,10 +301,19 @@ def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
         select_examples=len(this.data.select),
         report_examples=len(report["report"]),
     )
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    plot_leaderboard(rows, pictures / "leaderboard.png")
-    for row, soup in soups.items():
-        plot_coefficients(soup, pictures / f"coefficients_{row}.png")
+    if config.pictures:
+        _draw(this, rows, soups)
     this.record.save()
     return rows
+
+
+def _draw(this: Run, rows: Sequence[Row], soups: Mapping[str, Coefficients]) -> None:
+    """The leaderboard, what cross-fitting has found, and every soup's coefficients."""
+    pictures = this.folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    plot_leaderboard(rows, pictures / "leaderboard.png")
+    if any(row.out_of_fold for row in rows):
+        plot_overfitting(rows, pictures / "overfitting.png")
+    for row, soup in soups.items():
+        weights = this.steps.result(f"learn/{row}")["record"].get("weights", ())
+        plot_coefficients(soup, pictures / f"coefficients_{row}.png", weights=weights)

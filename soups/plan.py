@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
@@ -16,9 +16,20 @@ from soups.deltas import row_bytes
 from soups.errors import SoupError
 from soups.evaluate import Need, fit, images_at_once
 from soups.learners.descent import soup_loss
-from soups.learners.registry import LearnedSettings, MehlSettings, Scoring
+from soups.learners.registry import (
+    CrossFittedSettings,
+    Effort,
+    LearnedSettings,
+    Level,
+    MehlSettings,
+    Pooled,
+    PooledNewton,
+    Scoring,
+)
 
 FP32_BYTES = 4
+# What derivatives of logits are found within, at most, beside what they are found from.
+TANGENT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,8 @@ class Costs:
     what one training step saves for its backward pass, with its largest gradient; `evaluation`:
     what a batch of evaluation takes; `image`: the activations of one model on one image, when
     `batch_size` of them at most are evaluated at a time on `device`. `sources` are the ingredients
-    and the base where it is known; `select` is how many images there are.
+    and the base where it is known; `select` is how many images there are, of `classes`; `tensors`
+    how many are mixed.
     """
 
     ingredients: int
@@ -44,11 +56,16 @@ class Costs:
     device: str = "cpu"
     sources: int = 0
     select: int = 1
+    classes: int = 1
+    tensors: int = 1
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """One learner's cost; passes are over *select*."""
+    """One learner's cost; passes are over *select*.
+
+    Those of cross-fitting it, so that its soups can be scored out of fold, come on top.
+    """
 
     block_size: int | None
     blocks: int | None
@@ -57,6 +74,8 @@ class RowPlan:
     forward_passes: int
     backward_passes: int
     precision: str | None = None
+    out_of_fold_forward_passes: int = 0
+    out_of_fold_backward_passes: int = 0
 
 
 def check_budget(model: nn.Module, *, in_use: int, budget: int) -> None:
@@ -74,12 +93,18 @@ def check_budget(model: nn.Module, *, in_use: int, budget: int) -> None:
         )
 
 
-def plan_learners(learners: Mapping[str, Settings], costs: Costs) -> dict[str, RowPlan]:
+def plan_learners(
+    learners: Mapping[str, Settings], costs: Costs, *, folds: int = 0
+) -> dict[str, RowPlan]:
     """The cost of each row, with block sizes chosen so that the predicted peak is in the budget.
 
+    `folds`: how many each learner is cross-fitted on afterwards; 0 for not at all.
     Raises SoupError that names every row that cannot fit, with the least that would do.
     """
-    plans = {row: _plan_row(settings, costs) for row, settings in learners.items()}
+    plans = {
+        row: _with_folds(_plan_row(settings, costs), settings, costs, folds)
+        for row, settings in learners.items()
+    }
     over = [
         f"{row} needs {format_bytes(plan.peak_bytes)}"
         for row, plan in plans.items()
@@ -96,6 +121,7 @@ def plan_learners(learners: Mapping[str, Settings], costs: Costs) -> dict[str, R
 
 def plan_table(plans: Mapping[str, RowPlan]) -> pd.DataFrame:
     """The plan as it is printed."""
+    cross_fitted = any(plan.out_of_fold_forward_passes for plan in plans.values())
     return pd.DataFrame(
         [
             {
@@ -108,6 +134,7 @@ def plan_table(plans: Mapping[str, RowPlan]) -> pd.DataFrame:
                 "forward passes": plan.forward_passes,
                 "backward passes": plan.backward_passes,
             }
+            | ({"out of fold": _out_of_fold(plan)} if cross_fitted else {})
             for row, plan in plans.items()
         ]
     )
@@ -135,14 +162,51 @@ def measure_activations(model: nn.Module, images: Tensor, labels: Tensor) -> int
     return sum(saved.values()) + largest
 
 
+def _out_of_fold(plan: RowPlan) -> str:
+    """The passes that cross-fitting adds."""
+    forward, backward = plan.out_of_fold_forward_passes, plan.out_of_fold_backward_passes
+    return f"{forward} + {backward}" if forward else ""
+
+
+def _with_folds(plan: RowPlan, settings: Settings, costs: Costs, folds: int) -> RowPlan:
+    """The plan with the passes of learning without each fold in turn, and of scoring on it.
+
+    Each image is learned from by all soups but one, so in `folds − 1` passes for each of the
+    learner's. Where a learner scores candidates, its effort on fewer images says how many these
+    are; what the ingredients score is known of each image. Learners that cross-fit themselves, as
+    those with `folds` of their own do, are not cross-fitted again.
+    """
+    if not folds or hasattr(settings, "folds"):
+        return plan
+    if isinstance(settings, Scoring):
+        seen = costs.select - costs.select // folds
+        effort = settings.effort(costs.ingredients, seen)
+        learning = -(-folds * effort.examples // costs.select)
+        learning += costs.ingredients if effort.scored else 0
+    else:
+        learning = (folds - 1) * plan.forward_passes
+    return replace(
+        plan,
+        out_of_fold_forward_passes=learning + 1,
+        out_of_fold_backward_passes=(folds - 1) * plan.backward_passes,
+    )
+
+
 def _plan_row(settings: Settings, costs: Costs) -> RowPlan:
     if isinstance(settings, MehlSettings):
         return _plan_mehl(settings, costs)
     if isinstance(settings, LearnedSettings):
         return _plan_learned(settings, costs)
+    if isinstance(settings, Pooled):
+        return _plan_pooled(settings, costs)
+    if isinstance(settings, PooledNewton):
+        return _plan_pooled_newton(settings, costs)
     if not isinstance(settings, Scoring):
         raise TypeError(f"{type(settings).__name__}: how is it planned? Give it an `effort`")
-    effort = settings.effort(costs.ingredients, costs.select)
+    return _plan_effort(settings.effort(costs.ingredients, costs.select), costs)
+
+
+def _plan_effort(effort: Effort, costs: Costs) -> RowPlan:
     # The ingredients are scored before, once for all learners that ask.
     scored = costs.ingredients if effort.scored else 0
     held = _held(costs)
@@ -211,3 +275,68 @@ def _plan_mehl(settings: MehlSettings, costs: Costs) -> RowPlan:
         backward_passes=blocks * settings.inner_epochs,
         precision=settings.precision,
     )
+
+
+def _plan_pooled(settings: Pooled, costs: Costs) -> RowPlan:
+    row = costs.weights * FP32_BYTES
+    fixed = costs.in_use + max(costs.activations, costs.evaluation) + row
+    # Where the rows come in blocks, the mean stays beside the centre.
+    fits = (costs.budget - fixed) // row
+    fits = fits if fits >= costs.ingredients else max(1, fits - 1)
+    size = min(settings.block_size or fits, costs.ingredients)
+    blocks = -(-costs.ingredients // size)
+    paths = len(settings.levels) * len(settings.penalties)
+    learners = settings.folds + settings.refit
+    batches = learners * settings.steps * blocks * paths
+    learned = -(-batches * min(settings.batch_size, costs.select) // costs.select)
+    loads = 1 if blocks == 1 else learners * paths * blocks * (2 + blocks)
+    walks = _fold_greedy(settings, costs)
+    return RowPlan(
+        block_size=size,
+        blocks=blocks,
+        peak_bytes=max(walks.peak_bytes, fixed + (size + (blocks > 1)) * row),
+        read_bytes=walks.read_bytes + (1 + loads) * costs.ingredients * costs.ingredient_bytes,
+        forward_passes=walks.forward_passes + paths + learned,
+        backward_passes=learned,
+    )
+
+
+def _plan_pooled_newton(settings: PooledNewton, costs: Costs) -> RowPlan:
+    row = costs.weights * FP32_BYTES
+    numbers = costs.ingredients * _numbers(settings.level, costs)
+    # Found in fp32, joined, and solved with in fp64.
+    derivatives = 16 * costs.select * costs.classes * numbers
+    fixed = costs.in_use + _held(costs) + derivatives + max(TANGENT_BYTES, costs.evaluation) + row
+    # Ingredients less their mean, and as much again while they are made.
+    fits = max(1, (costs.budget - fixed) // (2 * row))
+    size = min(settings.block_size or fits, costs.ingredients)
+    blocks = -(-costs.ingredients // size)
+    walks = _fold_greedy(settings, costs)
+    return RowPlan(
+        block_size=size,
+        blocks=blocks,
+        peak_bytes=max(walks.peak_bytes, fixed + 2 * size * row),
+        read_bytes=walks.read_bytes
+        + 3 * settings.linearisations * blocks * costs.ingredients * costs.ingredient_bytes,
+        forward_passes=walks.forward_passes
+        + 3  # out of fold, and what can be dropped
+        + settings.linearisations * (costs.ingredients + blocks + 1),
+        backward_passes=settings.linearisations * blocks * costs.classes,
+    )
+
+
+def _numbers(level: Level, costs: Costs) -> int:
+    """How many numbers each ingredient has at most."""
+    return {"ingredient": 1, "depth": 3, "group": 3 + costs.tensors}[level]
+
+
+def _fold_greedy(settings: CrossFittedSettings, costs: Costs) -> RowPlan:
+    """Greedy on all folds and on all of *select*, at most; it and the uniform soup out of fold."""
+    walks = Effort(
+        candidates=(settings.folds + 1) * (costs.ingredients - 1),
+        examples=(settings.folds + 1) * (costs.ingredients - 1) * costs.select,
+        at_once=settings.folds + 1,
+        reads=2 * (settings.folds + 1) * costs.ingredients,
+        scored=True,
+    )
+    return _plan_effort(walks + Effort(2, 2 * costs.select, 1, 2 * costs.ingredients), costs)

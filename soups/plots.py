@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,16 @@ BUFFER_GROUP = "norm buffers"
 LONGEST_NAME = 30
 
 
-def plot_coefficients(coefficients: Coefficients, path: str | Path) -> Figure:
+def plot_coefficients(
+    coefficients: Coefficients, path: str | Path, *, weights: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
     """Draw the coefficients and write them to a PNG file.
 
     Ingredient × group as a heat map, white at 1/K, with each ingredient's mean over the groups
     beside it; bars where there is one group. A base shows as a last row with what the others leave
     to it. Groups of norm buffers are left out.
+    `weights` of some ingredients, each with `ingredient`, `weight` (a mean over the groups), `low`
+    and `high`, are drawn as points with intervals on the bars.
     """
     names = [ingredient.name for ingredient in coefficients.ingredients]
     shown = [g for g, name in enumerate(coefficients.groups) if not name.startswith(BUFFER_GROUP)]
@@ -49,9 +53,10 @@ def plot_coefficients(coefficients: Coefficients, path: str | Path) -> Figure:
     uniform = 1 / len(coefficients.ingredients)
     title = f"{coefficients.method or 'soup'}: {len(coefficients.ingredients)} ingredients"
     if len(groups) == 1:
-        figure = _bars(matrix[:, 0], names, uniform, title)
+        figure = _bars(matrix[:, 0], names, uniform, title, weights)
     else:
-        figure = _heat_map(matrix, names, groups, uniform, f"{title} × {len(groups)} groups")
+        title = f"{title} × {len(groups)} groups"
+        figure = _heat_map(matrix, names, groups, uniform, title, weights)
     save_figure(figure, path)
     return figure
 
@@ -114,19 +119,27 @@ def plot_leaderboard(rows: Sequence[Row], path: str | Path) -> Figure:
     return figure
 
 
-def _bars(values: np.ndarray, names: list[str], uniform: float, title: str) -> Figure:
+def _bars(
+    values: np.ndarray,
+    names: list[str],
+    uniform: float,
+    title: str,
+    weights: Sequence[Mapping[str, Any]],
+) -> Figure:
     figure = new_figure(6.5, max(2.0, 1.0 + row_height(len(names)) * len(names)))
     axes = figure.add_subplot()
     _draw_bars(axes, values, uniform)
+    ends = _draw_intervals(axes, names, values, weights)
     name_rows(axes, names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(f"coefficient (dashed: 1/K = {uniform:.3g})")
+    intervals = "; line: 95% interval" if weights else ""
+    axes.set_xlabel(f"coefficient (dashed: 1/K = {uniform:.3g}{intervals})")
     axes.set_title(title, loc="left", fontsize=10)
     if len(names) <= 40:
         for row, value in enumerate(values):
             axes.annotate(
                 f"{value:.3f}",
-                (value, row),
+                (ends[row], row),
                 xytext=(3 if value >= 0 else -3, 0),
                 textcoords="offset points",
                 ha="left" if value >= 0 else "right",
@@ -139,7 +152,12 @@ def _bars(values: np.ndarray, names: list[str], uniform: float, title: str) -> F
 
 
 def _heat_map(
-    matrix: np.ndarray, names: list[str], groups: list[str], uniform: float, title: str
+    matrix: np.ndarray,
+    names: list[str],
+    groups: list[str],
+    uniform: float,
+    title: str,
+    weights: Sequence[Mapping[str, Any]],
 ) -> Figure:
     from matplotlib.colors import Normalize
 
@@ -171,9 +189,11 @@ def _heat_map(
     remarks = [f"all in {shared[:-1]}"] if shared else []
     remarks += [f"one group in {step} is named"] if step > 1 else []
     heat.set_xlabel("; ".join(remarks), fontsize=7)
-    _draw_bars(bars, matrix.mean(axis=1), uniform)
+    means = matrix.mean(axis=1)
+    _draw_bars(bars, means, uniform)
+    _draw_intervals(bars, names, means, weights)
     bars.tick_params(axis="y", length=0, labelleft=False)
-    bars.set_title("mean", loc="left", fontsize=9)
+    bars.set_title("mean, 95%" if weights else "mean", loc="left", fontsize=9)
     bars.locator_params(axis="x", nbins=3)
     below, above = matrix.min() < uniform - reach, matrix.max() > uniform + reach
     bar = figure.colorbar(
@@ -198,6 +218,21 @@ def _draw_bars(axes: Axes, values: np.ndarray, uniform: float) -> None:
     axes.axvline(0, color=INK, lw=0.6)
     axes.tick_params(axis="x", labelsize=7)
     clean_axes(axes)
+
+
+def _draw_intervals(
+    axes: Axes, names: list[str], values: np.ndarray, weights: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """Put each ingredient's weight and interval on its bar; how far bar and interval reach."""
+    ends = values.astype(float).tolist()
+    for weight in weights:
+        row = names.index(weight["ingredient"])
+        axes.hlines(row, weight["low"], weight["high"], INK, lw=1.1, zorder=4)
+        axes.plot(weight["weight"], row, "o", color=INK, ms=2.8, zorder=5)
+        ends[row] = (
+            max(ends[row], weight["high"]) if values[row] >= 0 else min(ends[row], weight["low"])
+        )
+    return ends
 
 
 def name_rows(axes: Axes, names: list[str]) -> None:

@@ -7,9 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inputs.data import LearningData
 from inputs.models import describe_model
 from soups.config import LearnConfig
+from soups.folds import fold_count
+from soups.leaderboard import load_predictions, save_predictions
 from soups.learners.registry import Descent
 from soups.meter import Meter
 from soups.record import RunRecord, Steps, fingerprint
@@ -53,22 +57,33 @@ class Run:
         }
 
     def score_ingredients(self) -> None:
-        """Each ingredient's accuracy on *select*, once for all learners."""
+        """Whether each ingredient is right on each image of *select*, once for all learners."""
         session, steps = self.session, self.steps
         if session.ingredients.accuracies:
             return
-        inputs = fingerprint(self.inputs)
+        inputs = fingerprint(self.inputs | {"of": "each image"})
+        path = self.folder / "work" / "ingredients" / "predictions.npz"
         if not steps.is_done("ingredients", inputs):
             with Meter(session.device) as meter:
-                accuracies = session.evaluate_ingredients().accuracies.tolist()
+                right = session.evaluate_ingredients().right
             session.release()
-            steps.finish(
-                "ingredients", inputs, [], {"accuracies": accuracies, "seconds": meter.seconds}
-            )
-        result = steps.result("ingredients")
-        session.ingredients = IngredientScores(tuple(result["accuracies"]), result["seconds"])
-        named = dict(zip(session.zoo.names, result["accuracies"], strict=True))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # By number: a name may be a path.
+            outcomes = {str(k): {"select": own.numpy()} for k, own in enumerate(right)}
+            save_predictions(path, outcomes)
+            steps.finish("ingredients", inputs, [path], {"seconds": meter.seconds})
+        saved = load_predictions(path)
+        names = session.zoo.names
+        right = torch.stack([torch.from_numpy(saved[str(k)]["select"]) for k in range(len(names))])
+        session.ingredients = IngredientScores.of(right, steps.result("ingredients")["seconds"])
+        named = dict(zip(names, session.ingredients.accuracies, strict=True))
         self.record.add(ingredients={"select_accuracy": named})
+
+    @cached_property
+    def folds(self) -> int:
+        """How many folds of *select* learners are cross-fitted on; 0 for not at all."""
+        wanted, labels = self.config.out_of_fold, self.data.select.labels
+        return fold_count(labels, wanted, where="out_of_fold") if wanted else 0
 
     @property
     def largest_batch(self) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
 from inputs.config import Settings
@@ -19,6 +22,7 @@ from merge.coefficients import Coefficients
 from merge.mixing import combine
 from soups.candidates import Candidates, Models, with_rest
 from soups.deltas import Mixture
+from soups.errors import SoupError
 from soups.evaluate import Chunk, Passes, Scores, device_of, evaluate, predict
 from soups.groups import group_tensors
 from soups.ingredients import Zoo
@@ -27,13 +31,25 @@ from soups.meter import Meter, memory_in_use
 from soups.norms import Groups, NormBuffers
 from soups.sources import Sources
 
+Found = TypeVar("Found")
+
 
 @dataclass(frozen=True)
 class IngredientScores:
-    """Accuracy of each ingredient on *select*, and the seconds that measuring it took."""
+    """Accuracy of each ingredient on *select*, and the seconds that measuring it took.
+
+    `right`: whether each is right on each image of *select*, from which its accuracy on some of
+    them is known.
+    """
 
     accuracies: tuple[float, ...]
     seconds: float
+    right: Bool[Tensor, "ingredients rows"] | None = None
+
+    @classmethod
+    def of(cls, right: Bool[Tensor, "ingredients rows"], seconds: float) -> IngredientScores:
+        """The scores that these outcomes give."""
+        return cls(tuple(right.double().mean(1).tolist()), seconds, right)
 
 
 @dataclass
@@ -44,6 +60,7 @@ class Session:
     Without a folder nothing is kept of a search that is killed.
     `record` collects what the learner has to say about its run. `in_use` is the memory that the
     plan has found taken before any learner; while it is not known, what is taken now counts.
+    `rows`: where this is a session on some of *select*, which of its images (see `on`).
     """
 
     model: nn.Module
@@ -65,6 +82,9 @@ class Session:
     examples_backward: int = 0
     steps: int = 0
     shared_seconds: float = 0.0
+    rows: Int[Tensor, " rows"] | None = None
+    asked_for_ingredients: bool = False
+    found: dict[str, tuple[Any, int, float]] = field(default_factory=dict)
 
     def begin(self, row: str, folder: Path | None) -> None:
         """Start one row of the table; in `folder` it keeps what it needs to go on when killed."""
@@ -73,6 +93,40 @@ class Session:
         self.passes.begin()
         self.examples_forward = self.examples_backward = 0
         self.steps, self.shared_seconds = 0, 0.0
+        self.asked_for_ingredients = False
+
+    @contextmanager
+    def on(self, rows: Int[Tensor, " rows"], name: str) -> Iterator[Session]:
+        """A session on these images of *select*: the same model, zoo, rules and memory.
+
+        Its row is `<row>/<name>`, by which its random streams are named; its record is its own,
+        and it has no folder. What it has cost is added to this session's when it is left; its
+        ingredients' accuracies are known from all of *select*. Use one session at a time.
+        Raises SoupError where there are no rows.
+        """
+        if not len(rows):
+            raise SoupError(
+                f"learners.{self.row}: {name} has no images of select; wanted at least one: give "
+                "select more images"
+            )
+        # Made here, so that both have the same ones.
+        _ = self.sources, self.passes
+        inner = copy.copy(self)
+        inner.row, inner.folder, inner.record = f"{self.row}/{name}", None, {}
+        inner.select = self.select.subset(rows)
+        inner.rows = rows if self.rows is None else self.rows[rows]
+        inner.examples_forward = inner.examples_backward = inner.steps = 0
+        inner.shared_seconds = 0.0
+        if self.row in self.block_sizes:
+            inner.block_sizes = self.block_sizes | {inner.row: self.block_sizes[self.row]}
+        try:
+            yield inner
+        finally:
+            self.examples_forward += inner.examples_forward
+            self.examples_backward += inner.examples_backward
+            self.steps += inner.steps
+            self.shared_seconds += inner.shared_seconds
+            self.asked_for_ingredients = inner.asked_for_ingredients
 
     def spent(self, meter: Meter) -> dict[str, float]:
         """What the row has cost so far; passes are over *select*."""
@@ -210,6 +264,24 @@ class Session:
         """What runs many models over images."""
         return Passes(self.model, batch_size=self.eval_batch_size, room=self.room)
 
+    def once(self, name: str, find: Callable[[], Found]) -> Found:
+        """What `find` finds, once in a run; what it cost is counted every time.
+
+        On some of *select* it is found again.
+        """
+        if self.rows is not None:
+            return find()
+        if name not in self.found:
+            forward, shared, start = self.examples_forward, self.shared_seconds, perf_counter()
+            value = find()
+            seconds = self.shared_seconds - shared + perf_counter() - start
+            self.found[name] = (value, self.examples_forward - forward, seconds)
+            return value
+        value, forward, seconds = self.found[name]
+        self.examples_forward += forward
+        self.shared_seconds += seconds
+        return value
+
     def release(self) -> None:
         """Give back the memory that evaluating keeps for the next time."""
         for kept in ("sources", "passes"):
@@ -261,11 +333,23 @@ class Session:
         return group_tensors(self.numels, "model")
 
     def ingredient_accuracies(self) -> list[float]:
-        """Each ingredient's own accuracy on *select*: measured once in a run, counted by every
+        """Each ingredient's own accuracy on *select*: measured once in a run, counted once by every
         learner that asks for it, as if it had run alone."""
-        self.examples_forward += len(self.select) * len(self.zoo.checkpoints)
-        self.shared_seconds += self.ingredients.seconds
-        return list(self.ingredients.accuracies)
+        right = self.ingredients.right
+        if self.rows is not None and right is None:
+            raise SoupError(
+                f"learners.{self.row}: the ingredients' accuracies on some of select are asked "
+                "for, and whether they are right on each image is not known; measure them with "
+                "Run.score_ingredients before"
+            )
+        if not self.asked_for_ingredients:
+            images = len(self.select) if right is None else right.shape[1]
+            self.examples_forward += images * len(self.zoo.checkpoints)
+            self.shared_seconds += self.ingredients.seconds
+            self.asked_for_ingredients = True
+        if self.rows is None or right is None:
+            return list(self.ingredients.accuracies)
+        return right[:, self.rows].double().mean(1).tolist()
 
     def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One shuffled pass over *select* on the model's device, counted forward and back."""

@@ -11,7 +11,14 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from inputs.config import ByteSize, Settings
 from soups.registered import Registered
@@ -19,10 +26,19 @@ from soups.registered import Registered
 Grouping = Literal["model", "block", "layer", "tensor"]
 Precision = Literal["fp32", "bf16", "int8", "int4", "sign"]
 Metric = Literal["accuracy", "loss", "worst_class"]
+Start = Literal["uniform", "greedy"]
+Level = Literal["ingredient", "depth", "group"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # Winners on different images cannot be compared: so many of the last are scored again.
 FINALISTS = 16
+
+
+def around_the_ingredients(bounds: tuple[float, float]) -> tuple[float, float]:
+    """The bounds of a box of coefficients; ValueError where an ingredient is outside."""
+    if not bounds[0] <= 0 <= 1 <= bounds[1]:
+        raise ValueError("the box must hold every ingredient: low at most 0, high at least 1")
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -164,6 +180,60 @@ class MehlLayerwise(MehlSettings):
     groups: Grouping | ByteSize = "tensor"
 
 
+class CrossFittedSettings(Settings):
+    """What learners that try themselves on `folds` of *select* share.
+
+    `gate`: by how many paired standard errors the loss out of fold (after a temperature), or the
+    accuracy (`gate_by`), must be better than greedy's, or greedy stays; null: it never does.
+    `bounds` is the box that every coefficient stays in.
+    """
+
+    groups: Grouping | ByteSize = "layer"
+    folds: Annotated[int, Field(ge=2)] = 5
+    gate: NonNegativeFloat | None = 0.0
+    gate_by: Literal["loss", "accuracy"] = "loss"
+    bounds: tuple[float, float] = (-0.5, 1.5)
+
+    _box = field_validator("bounds")(around_the_ingredients)
+
+
+class Pooled(CrossFittedSettings, Descent):
+    """Few numbers for each ingredient, cross-fitted, and greedy where they do not help.
+
+    The coefficients begin from one of `starts`. Each of `levels` is tried with each of the
+    `penalties` in turn, `steps` for each: `ingredient` has one number for each ingredient, `depth`
+    two more for how it goes on with depth, `group` one more for each group. `flip` and `shift`
+    (pixels) augment *select*; `temperature`: whether the logits' scale is learned along; `refit`:
+    whether the answer is learned on all of *select*, and not the mean of what the folds learned.
+    """
+
+    type: Literal["pooled"] = "pooled"
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat = 0.02
+    starts: Annotated[list[Start], Field(min_length=1)] = ["uniform"]
+    levels: Annotated[list[Level], Field(min_length=1)] = ["depth"]
+    penalties: Annotated[list[NonNegativeFloat], Field(min_length=1)] = [1000.0, 300.0, 100.0]
+    steps: Annotated[int, Field(ge=2)] = 30
+    temperature: bool = True
+    flip: bool = False
+    shift: NonNegativeInt = 0
+    refit: bool = False
+    block_size: PositiveInt | None = None
+
+
+class PooledNewton(CrossFittedSettings):
+    """The numbers of `pooled` by Gauss–Newton steps, their penalty by evidence, with intervals.
+
+    `level` as in `pooled`; each of `linearisations` is a pass over *select* for the derivatives of
+    the logits, at the cost of one forward for each ingredient and a backward for each class.
+    """
+
+    type: Literal["pooled_newton"] = "pooled_newton"
+    level: Level = "depth"
+    linearisations: PositiveInt = 1
+    block_size: PositiveInt | None = None
+
+
 class GreedyFull(Scoring):
     """Selection over all ingredients at each step, forward and backward, chosen by cross-fitting.
 
@@ -223,12 +293,7 @@ class BoundedSearch(Search):
 
     bounds: tuple[float, float] = (-0.5, 1.5)
 
-    @field_validator("bounds")
-    @classmethod
-    def _around_the_ingredients(cls, bounds: tuple[float, float]) -> tuple[float, float]:
-        if not bounds[0] <= 0 <= 1 <= bounds[1]:
-            raise ValueError("the box must hold every ingredient: low at most 0, high at least 1")
-        return bounds
+    _box = field_validator("bounds")(around_the_ingredients)
 
 
 class RandomSearch(Search):
@@ -305,6 +370,8 @@ LearnerSettings = Annotated[
     | LearnedLayerwise
     | Mehl
     | MehlLayerwise
+    | Pooled
+    | PooledNewton
     | RandomSearch
     | CmaEs
     | ZerothOrder,
@@ -322,6 +389,8 @@ LEARNERS: dict[str, Registered] = {
     "learned_layerwise": Registered(LearnedLayerwise, "soups.learners.learned:learned"),
     "mehl": Registered(Mehl, "soups.learners.mehl:mehl"),
     "mehl_layerwise": Registered(MehlLayerwise, "soups.learners.mehl:mehl"),
+    "pooled": Registered(Pooled, "soups.learners.pooled:pooled"),
+    "pooled_newton": Registered(PooledNewton, "soups.learners.pooled_newton:pooled_newton"),
     "random_search": Registered(RandomSearch, "soups.learners.search:random_search"),
     "cmaes": Registered(CmaEs, "soups.learners.search:cmaes"),
     "zeroth_order": Registered(ZerothOrder, "soups.learners.zeroth_order:zeroth_order"),

@@ -74,6 +74,7 @@ def make_config(root: Path, **changes) -> LearnConfig:
         },
         "learners": {"uniform": {}},
         "references": {"ensembles": False, "finetuned": False},
+        "out_of_fold": 2,
     }
     return LearnConfig.model_validate(settings | changes)
 

@@ -100,6 +100,36 @@ def test_rows_lengths_and_displacement(zoo):
         torch.testing.assert_close(mixture.displacement(), torch.zeros(len(groups)))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_from_an_origin_stay_what_they_are_while_the_centre_moves(zoo, precision):
+    model = Net()
+    groups = group_tensors({n: p.numel() for n, p in model.named_parameters()}, "layer")
+    near = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 1e-2, "atol": 1e-2}
+    with Mixture(model, groups, capacity=2, precision=precision) as mixture:
+        mixture.start_at_mean(zoo)
+        origin = mixture.centre.clone()
+        mean = mean_of(zoo)
+        centre = {name: tensor.clone() for name, tensor in mean.items()}
+        for block in ([0, 1], [2, 3], [1]):
+            mixture.load_block([zoo[k] for k in block], origin)
+            coefficients = 0.5 * torch.randn(len(block), len(groups))
+            mixture.apply(coefficients)
+            mixture.fold()
+            for own, names in zip(coefficients.double().T, groups.values(), strict=True):
+                for name in names:
+                    rows = torch.stack([zoo[k].read(name).double() - mean[name] for k in block])
+                    centre[name] += torch.tensordot(own, rows, dims=1)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach().double(), centre[name], **near)
+        assert not mixture.centre.equal(origin)
+        # Without one they are those from where the centre has come.
+        mixture.load_block(zoo[:1])
+        mixture.apply(torch.ones(1, len(groups)))
+        for name, parameter in model.named_parameters():
+            wanted = zoo[0].read(name).double()
+            torch.testing.assert_close(parameter.detach().double(), wanted, **near)
+
+
 def test_folding_blocks_keeps_the_coefficients_over_the_originals(zoo):
     model = Net()
     groups = group_tensors({n: p.numel() for n, p in model.named_parameters()}, "tensor")

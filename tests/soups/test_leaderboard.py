@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import pytest
 
 from soups.errors import SoupError
 from soups.leaderboard import (
+    CrossFitted,
     Metrics,
     Row,
     load_predictions,
@@ -178,6 +180,29 @@ def test_markdown_shows_what_a_person_looks_for(rows, predictions, tmp_path):
     assert "- mehl: a note" in text
 
 
+def test_accuracy_out_of_fold_stands_beside_that_in_sample(tmp_path):
+    found = CrossFitted(0.8765, 5, 0.4, 0.0125, False, 3.5, 8.0, 4.0)
+    rows = [row("a", 0.8, out_of_fold=found, free_coefficients=45), row("b", 0.7, "reference")]
+    write_leaderboard(rows, tmp_path, data="d", select_examples=1, report_examples=1)
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert table_lines(text, "a")[0][2:4] == ["90.00", "87.65"]
+    assert table_lines(text, "b")[0][2:4] == ["90.00", ""]
+    assert "(5 folds)" in text
+    assert "87.65" in terminal_table(rows)
+    with (tmp_path / "leaderboard.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    for name, value in vars(found).items():
+        assert first[f"out_of_fold_{name}"] == str(value)
+        assert second[f"out_of_fold_{name}"] == ""
+    assert (first["free_coefficients"], second["free_coefficients"]) == ("45", "")
+    assert "flattering" not in text
+    rows[0] = row("a", 0.8, out_of_fold=dataclasses.replace(found, own=True))
+    write_leaderboard(rows, tmp_path, data="d", select_examples=1, report_examples=1)
+    assert "a: on the folds by which" in (tmp_path / "leaderboard.md").read_text()
+    plain = [row("a", 0.8)]
+    assert "out of fold" not in markdown_table(plain) + terminal_table(plain)
+
+
 def test_equally_good_soups_are_all_bold():
     assert markdown_table([row("a", 0.8), row("b", 0.8), row("c", 0.7)]).count("**") == 4
 
@@ -212,7 +237,10 @@ def test_the_terminal_table_fits(rows, predictions):
     shifts = {
         f"report_{k}_{s}": 0.5 for k in ("noise", "blur", "rotation") for s in (1, 2, 3, 4, 5)
     }
-    rows = [row(r.learner, r.report.accuracy, r.kind, extra=shifts) for r in rows[:-1]]
+    rows = [
+        row(r.learner, r.report.accuracy, r.kind, extra=shifts, out_of_fold=CrossFitted(0.8, 5))
+        for r in rows[:-1]
+    ]
     sets = predictions | dict.fromkeys(names, predictions["ensemble"])
     text = terminal_table(with_intervals(rows + long, sets))
     assert max(map(len, text.splitlines())) <= 160

@@ -131,7 +131,8 @@ def test_the_leaderboard_has_all_rows(whole: Path):
         assert (whole / "soups" / f"{row}.safetensors").is_file()
         picture = (whole / "pictures" / f"coefficients_{row}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-    assert (whole / "pictures" / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("leaderboard.png", "overfitting.png"):
+        assert (whole / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_predictions_say_for_each_image_who_was_right(whole: Path):
@@ -161,6 +162,8 @@ def test_the_record_says_what_was_run_and_on_what(whole: Path):
     assert len(record["ingredients"]["select_accuracy"]) == 5
     assert record["learners"]["mehl_layerwise"]["record"]["blocks"] == 3
     assert "largest_coefficient" in record["learners"]["mehl_layerwise"]["record"]
+    assert set(record["out_of_fold"]) == set(record["learners"])
+    assert record["out_of_fold"]["greedy"].keys() >= {"accuracy", "loss", "folds", "seconds"}
 
 
 def test_a_soup_scores_what_its_row_says(whole: Path, kitchen: Path, tmp_path: Path):
@@ -223,6 +226,11 @@ def _own(thing: object):
 # --- finished steps -------------------------------------------------------------------------------
 
 
+def with_folds(*rows: str) -> list[str]:
+    """What is learned for these rows: each, then each without one fold in turn."""
+    return [*rows, *(f"{row}/fold_{fold}" for row in rows for fold in range(2))]
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The rows that were learned, in order."""
@@ -266,19 +274,19 @@ def test_another_setting_runs_that_row_alone(again: Path, calls: list[str]):
     results = again.parent / "results" / "small"
     written = stamps(results)
     assert learn(again, "learners.mehl_layerwise.lr=0.02").exit_code == 0
-    assert calls == ["mehl_layerwise"]
+    assert calls == with_folds("mehl_layerwise")
     changed = {name for name, stamp in stamps(results).items() if stamp != written[name]}
     assert changed == {"mehl_layerwise.json", "mehl_layerwise.safetensors"}
 
 
 def test_a_new_row_leaves_the_others_alone(again: Path, calls: list[str]):
     assert learn(again, "learners.more={type: mehl, batch_size: 64}").exit_code == 0
-    assert calls == ["more"]
+    assert calls == with_folds("more")
 
 
 def test_another_seed_runs_all_rows(again: Path, calls: list[str]):
     assert learn(again, "seed=1").exit_code == 0
-    assert calls == [*QUICK]
+    assert calls == with_folds(*QUICK)
 
 
 def test_a_lost_soup_is_cooked_again(again: Path, calls: list[str]):
@@ -296,7 +304,7 @@ def test_fresh_starts_over_and_gives_the_same_bytes(again: Path, calls: list[str
     own.write_text("mine")
     before = digest(results)
     assert learn(again, "--fresh").exit_code == 0
-    assert calls == [*QUICK]
+    assert calls == with_folds(*QUICK)
     after = digest(results)
     same = [n for n in before if n.startswith(("coefficients/", "soups/"))]
     assert len(same) == 2 * len(QUICK)
@@ -639,7 +647,9 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen | None = None
 
 def test_ctrl_c_in_the_middle_of_learning(kitchen: Path, tmp_path: Path):
     zoo = {"path": kitchen / "zoo"}
-    config = write_config(kitchen, tmp_path, zoo=zoo, learners=LONG, references=NO_REFERENCES)
+    config = write_config(
+        kitchen, tmp_path, zoo=zoo, learners=LONG, references=NO_REFERENCES, out_of_fold=0
+    )
     assert learn(config, f"output={tmp_path / 'whole'}").exit_code == 0
 
     def interrupt() -> None:

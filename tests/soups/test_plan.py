@@ -23,7 +23,16 @@ from soups.learners.registry import (
     WiseFT,
     ZerothOrder,
 )
-from soups.plan import Costs, check_budget, measure_activations, plan_learners, plan_table
+from soups.plan import (
+    Costs,
+    _fold_greedy,
+    check_budget,
+    measure_activations,
+    plan_learners,
+    plan_table,
+)
+from soups.session import IngredientScores
+from tests.soups.learners.test_learners import learn, session_of
 
 MIB = 2**20
 # One copy of the weights is 4 MiB; model, images and activations take 30 MiB.
@@ -166,6 +175,40 @@ def test_the_table_is_readable():
     assert table.loc["uniform", "block size"] == table.loc["uniform", "precision"] == ""
 
 
+def test_cross_fitting_comes_on_top():
+    costs = dataclasses.replace(COSTS, select=1000, budget=10**9)
+    learners = {
+        "uniform": Uniform(),
+        "best": BestSingle(),
+        "random": RandomSearch(evaluations=100, population=25),
+        "learned": Learned(epochs=3),
+        "mehl": Mehl(block_size=5, inner_epochs=2),
+        "full": GreedyFull(),
+    }
+    alone, plans = plan_learners(learners, costs), plan_learners(learners, costs, folds=5)
+    found = {
+        row: (plan.out_of_fold_forward_passes, plan.out_of_fold_backward_passes)
+        for row, plan in plans.items()
+    }
+    assert found == {
+        "uniform": (1, 0),
+        "best": (10 + 1, 0),  # the ingredients' scores are known image by image
+        "random": (4 * 103 + 1, 0),  # five soups, each on four fifths of the images
+        "learned": (4 * 3 + 1, 4 * 3),
+        "mehl": (4 * 4 + 1, 4 * 4),
+        "full": (0, 0),  # it has folds of its own
+    }
+    for row, plan in plans.items():
+        assert (plan.forward_passes, plan.peak_bytes) == (
+            alone[row].forward_passes,
+            alone[row].peak_bytes,
+        )
+    table = plan_table(plans).set_index("learner")
+    assert table.loc["mehl", "out of fold"] == "17 + 16"
+    assert table.loc["full", "out of fold"] == ""
+    assert "out of fold" not in plan_table(alone)
+
+
 @given(
     budget=st.integers(1, 400),
     ingredients=st.integers(2, 80),
@@ -223,6 +266,66 @@ def test_greedy_full_is_planned_with_all_its_walks_in_one_call():
     assert effort.at_once == 6 * (2 * 10 + 1)  # two walks and greedy for each view
     assert not effort.scored
     assert GreedyFull().effort(3, 1000).candidates == 2**3 - 1
+
+
+def measured(session):
+    """What a run is planned from, as far as it counts passes."""
+    return dataclasses.replace(
+        COSTS,
+        ingredients=len(session.zoo.checkpoints),
+        sources=len(session.sources.checkpoints),
+        weights=sum(session.numels.values()),
+        select=len(session.select),
+        classes=len(session.select.classes),
+        tensors=len(session.numels),
+        budget=10**9,
+    )
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize(
+    ("images", "settings"),
+    [
+        # Four folds of 100 images are learned on in five whole batches of 60.
+        (400, {"folds": 4, "batch_size": 60, "steps": 5, "block_size": 2}),
+        (400, {"folds": 4, "batch_size": 60, "steps": 5, "levels": ["ingredient", "group"]}),
+        (400, {"folds": 4, "batch_size": 60, "steps": 10, "starts": ["uniform", "greedy"]}),
+        # Where batches and folds are uneven it is no more than planned.
+        (449, {"folds": 3, "batch_size": 64, "steps": 7, "block_size": 4}),
+    ],
+)
+def test_pooled_takes_the_passes_that_were_planned(kitchen, tmp_path, images, settings, refit):
+    own = {"groups": "layer", "penalties": [10.0, 1.0], "lr": 0.05, "gate": None, "refit": refit}
+    session, settings = session_of(kitchen, tmp_path, "pooled", own | settings)
+    session.select = session.select.subset(torch.arange(images))
+    session.ingredients = IngredientScores.of(session.ingredients.right[:, :images], 0.0)
+    plan = plan_learners({"pooled": settings}, measured(session))["pooled"]
+    session.block_sizes = {"pooled": plan.block_size}
+    learn(session, settings)
+    forward, backward = session.examples_forward / images, session.examples_backward / images
+    assert forward <= plan.forward_passes
+    if images == 400 and not refit:
+        assert backward == plan.backward_passes
+    else:
+        assert 0.6 * plan.backward_passes <= backward <= plan.backward_passes
+    # All but greedy's walks, which may be shorter, is known.
+    walks = _fold_greedy(settings, measured(session)).forward_passes
+    assert forward >= plan.forward_passes - walks - (plan.backward_passes - backward)
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_size": 2, "linearisations": 2}])
+def test_pooled_newton_takes_the_passes_that_were_planned(kitchen, tmp_path, settings):
+    """Where no step has to be shortened: in a box that is wide enough."""
+    own = {"groups": "layer", "folds": 3, "bounds": (-20.0, 20.0)}
+    session, settings = session_of(kitchen, tmp_path, "pooled_newton", own | settings)
+    plan = plan_learners({"newton": settings}, measured(session))["newton"]
+    session.block_sizes = {"pooled_newton": plan.block_size}
+    learn(session, settings)
+    images = len(session.select)
+    assert session.examples_backward / images == plan.backward_passes
+    assert session.examples_forward / images <= plan.forward_passes
+    walks = _fold_greedy(settings, measured(session)).forward_passes
+    assert session.examples_forward / images >= plan.forward_passes - walks - 2
 
 
 def test_no_learner_is_planned_without_saying_what_it_does():

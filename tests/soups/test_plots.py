@@ -127,6 +127,30 @@ def test_model_level_soups_are_bars(tmp_path, ingredients, base):
     check_labels(figure)
 
 
+@pytest.mark.parametrize("groups", [["model"], ["a", "b", "c"]])
+def test_weights_are_drawn_with_their_intervals(tmp_path, groups):
+    found = coefficients(4, groups)
+    weights = [
+        {"ingredient": "01", "weight": 0.4, "standard_error": 0.1, "low": 0.2, "high": 0.6},
+        {"ingredient": "03", "weight": -0.1, "standard_error": 0.05, "low": -0.2, "high": 0.0},
+    ]
+    figure = plot_coefficients(found, tmp_path / "a.png", weights=weights)
+    axes = figure.axes[0 if len(groups) == 1 else 1]
+    lines = [segment.tolist() for drawn in axes.collections for segment in drawn.get_segments()]
+    assert lines == [[[0.2, 1], [0.6, 1]], [[-0.2, 3], [0.0, 3]]]
+    points = [
+        (line.get_xdata()[0], line.get_ydata()[0])
+        for line in axes.lines
+        if line.get_marker() == "o"
+    ]
+    assert points == [(0.4, 1), (-0.1, 3)]
+    left, right = axes.get_xlim()
+    assert left < -0.2
+    assert right > 0.6
+    check_labels(figure)
+    assert "95%" in axes.get_xlabel() + axes.get_title(loc="left")
+
+
 def test_norm_buffers_are_left_out(tmp_path):
     with_buffers = coefficients(8, ["model", "norm buffers"])
     assert len(plot_coefficients(with_buffers, tmp_path / "a.png").axes) == 1

@@ -18,6 +18,8 @@ QUICK = {
     "random_search": {"evaluations": 8, "population": 4},
     "cmaes": {"evaluations": 12, "population": 6, "groups": "layer"},
     "zeroth_order": {"steps": 2, "directions": 2, "images": 64, "groups": "layer"},
+    "pooled": {"steps": 4, "penalties": [10.0, 1.0], "folds": 2, "block_size": 2},
+    "pooled_newton": {"folds": 2},
     "mehl": {"inner_epochs": 1, "batch_size": 64, "block_size": 2},
     "mehl_layerwise": {"inner_epochs": 1, "batch_size": 64, "block_size": 2},
 }
