@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from inputs.config import Settings
-from soups.learners.registry import Descent, GreedyFull
+from soups.learners.registry import Descent, GreedyFull, Pooled
 
 
 def select_problems(learners: Mapping[str, Settings], images: int) -> list[str]:
@@ -14,7 +14,9 @@ def select_problems(learners: Mapping[str, Settings], images: int) -> list[str]:
         f"learners.{row}.batch_size: {settings.batch_size} is more than the {images} images of "
         "select; lower it, or give select more images"
         for row, settings in learners.items()
-        if isinstance(settings, Descent) and settings.batch_size > images
+        if isinstance(settings, Descent)
+        and not isinstance(settings, Pooled)  # whose batches are as large as its folds allow
+        and settings.batch_size > images
     ]
     return problems + [
         f"learners.{row}.folds: {settings.folds} is more than the {images} images of select; "

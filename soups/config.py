@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,8 @@ from inputs.config import ByteSize, DataConfig, ModelConfig, Settings, nearest
 from soups.learners.registry import BestSingle, Greedy, LearnerSettings, Pooled, Uniform
 from soups.reports.registry import ReportSettings
 
-RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
+RowName = Annotated[str, Field(pattern=_NAME)]
 
 
 class Range(Settings):
@@ -190,7 +192,7 @@ def _labels(axis: Any) -> Any:
         )
     if not isinstance(values, list):
         raise ValueError("`values`: wanted a list")
-    odd = [v for v in values if not isinstance(v, bool | int | float | str)]
+    odd = [v for v in values if not _can_be_a_folder(v)]
     if odd:
         raise ValueError(
             f"`values`: {odd[0]!r} cannot be the name of a folder; write this axis as a mapping "
@@ -200,6 +202,10 @@ def _labels(axis: Any) -> Any:
     if len(labels) < len(values):
         raise ValueError(f"`values`: {', '.join(map(str, values))} has one value twice")
     return labels
+
+
+def _can_be_a_folder(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) and bool(re.fullmatch(_NAME, str(value)))
 
 
 Axis = Annotated[

@@ -386,14 +386,18 @@ def _caption(rows: Sequence[Row], data: str, select_examples: int, report_exampl
     if folds:
         lines.append(
             "“Out of fold” is the accuracy on *select* where each image is judged by a soup that "
-            f"was learned without it ({' or '.join(map(str, folds))} folds). What that has cost "
-            "is in `leaderboard.csv`, and not in the seconds and passes of the row."
+            f"was learned without it ({' or '.join(map(str, folds))} folds)."
+        )
+    if any(row.out_of_fold and not row.out_of_fold.own for row in rows):
+        lines[-1] += (
+            " What that has cost is in `leaderboard.csv`, and not in the seconds and passes of the "
+            "row."
         )
     own = [row.learner for row in ranked(rows) if row.out_of_fold and row.out_of_fold.own]
     if own:
         lines[-1] += (
             f" {', '.join(own)}: on the folds by which the learner itself has chosen, so slightly "
-            "flattering."
+            "flattering; what that has cost is in its row."
         )
     if any(row.interval for row in rows):
         lines.append(

@@ -279,17 +279,19 @@ def _plan_mehl(settings: MehlSettings, costs: Costs) -> RowPlan:
 
 def _plan_pooled(settings: Pooled, costs: Costs) -> RowPlan:
     row = costs.weights * FP32_BYTES
-    fixed = costs.in_use + max(costs.activations, costs.evaluation) + row
+    paths = len(settings.levels) * len(settings.penalties)
+    # Logits out of fold, as they come and as they are kept.
+    logits = (2 * paths + 2) * costs.select * costs.classes * FP32_BYTES
+    fixed = costs.in_use + max(costs.activations, costs.evaluation) + row + logits
     # Where the rows come in blocks, the mean stays beside the centre.
     fits = (costs.budget - fixed) // row
     fits = fits if fits >= costs.ingredients else max(1, fits - 1)
     size = min(settings.block_size or fits, costs.ingredients)
     blocks = -(-costs.ingredients // size)
-    paths = len(settings.levels) * len(settings.penalties)
     learners = settings.folds + settings.refit
     batches = learners * settings.steps * blocks * paths
     learned = -(-batches * min(settings.batch_size, costs.select) // costs.select)
-    loads = 1 if blocks == 1 else learners * paths * blocks * (2 + blocks)
+    loads = 1 if blocks == 1 else 1 + learners * paths * (2 + blocks)
     walks = _fold_greedy(settings, costs)
     return RowPlan(
         block_size=size,
@@ -305,7 +307,7 @@ def _plan_pooled_newton(settings: PooledNewton, costs: Costs) -> RowPlan:
     row = costs.weights * FP32_BYTES
     numbers = costs.ingredients * _numbers(settings.level, costs)
     # Found in fp32, joined, and solved with in fp64.
-    derivatives = 16 * costs.select * costs.classes * numbers
+    derivatives = 16 * costs.select * costs.classes * numbers + 80 * numbers**2
     fixed = costs.in_use + _held(costs) + derivatives + max(TANGENT_BYTES, costs.evaluation) + row
     # Ingredients less their mean, and as much again while they are made.
     fits = max(1, (costs.budget - fixed) // (2 * row))

@@ -265,21 +265,23 @@ class Session:
         return Passes(self.model, batch_size=self.eval_batch_size, room=self.room)
 
     def once(self, name: str, find: Callable[[], Found]) -> Found:
-        """What `find` finds, once in a run; what it cost is counted every time.
+        """What `find` finds, once in a run; its forward passes and seconds are counted every time.
 
         On some of *select* it is found again.
         """
         if self.rows is not None:
             return find()
+        self.passes.begin()  # the bits of what is found hang on nothing before it,
         if name not in self.found:
             forward, shared, start = self.examples_forward, self.shared_seconds, perf_counter()
             value = find()
             seconds = self.shared_seconds - shared + perf_counter() - start
             self.found[name] = (value, self.examples_forward - forward, seconds)
-            return value
-        value, forward, seconds = self.found[name]
-        self.examples_forward += forward
-        self.shared_seconds += seconds
+        else:
+            value, forward, seconds = self.found[name]
+            self.examples_forward += forward
+            self.shared_seconds += seconds
+        self.passes.begin()  # and those of what follows not on whether it was found now
         return value
 
     def release(self) -> None:

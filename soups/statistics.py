@@ -213,33 +213,35 @@ def hierarchical_interval(
 ) -> tuple[float, Interval]:
     """The mean difference, over zoos, of their splits, of these runs, and its bootstrap interval.
 
-    Three or more zoos are resampled, whole; of fewer, the splits within each, whole, and the
-    interval speaks of these zoos alone. Resampling whole ones repeats all that varies inside them
-    (Davison & Hinkley 1997, section 3.8). Since they are few, their deviations are widened by
-    √(m/(m−1)) · t(m−1)/z, as Student's interval is (1411.5279). What they share is the images:
+    Three or more zoos are resampled, whole; of fewer, the splits, whole, and the interval speaks
+    of these zoos alone. Resampling whole ones repeats all that varies inside them (Davison &
+    Hinkley 1997, section 3.8). A split of one name is one draw for all zoos: where all zoos have
+    the same splits, each is resampled with its runs of all zoos, and beside three or more zoos
+    too, independently of them (0712.1111; what a split does to one zoo alone then counts twice).
+    Else splits are resampled within each zoo. Since they are few, their deviations are widened by
+    √(m/(m−1)) · t(m−1)/z, as Student's interval is (1411.5279). What all share is the images:
     these are resampled too, for all runs that have them at once, and their deviations shrunk by the
-    variance that the splits have by themselves, so that it counts once. With one split, only
+    variance that zoos and splits have by themselves, so that it counts once. With one split, only
     images are resampled.
     """
     if not runs:
         raise SoupError("hierarchical interval: found no runs; wanted at least one")
     if not 0 < level < 1:
         raise SoupError(f"level is {level}; wanted a number between 0 and 1, such as 0.95")
-    strata = _strata(runs)
+    zoos = _by_zoo(runs)
     rng = np.random.default_rng(seed)
     drawn = np.zeros(resamples)
     by_images: dict[str, Float64[np.ndarray, " rows"]] = {}
     counted: dict[str, float] = {}
     centre = 0.0
-    for units in strata:
-        # Each is that part of the whole mean which one zoo, or one split, contributes.
-        totals = np.array([sum(float(v.mean()) for v in unit.values()) for unit in units])
-        centre += float(totals.sum())
+    for zoo in zoos:
+        centre += float(_totals([*zoo.values()]).sum())
+        for images, parts in _parts([*zoo.values()]).items():
+            by_images[images] = by_images.get(images, np.zeros(1)) + np.sum(parts, axis=0)
+    for units in _resampled_units(zoos):
+        totals = _totals(units)
         drawn += _resampled_sums(totals - totals.mean(), level, resamples, rng)
-        for images in dict.fromkeys(key for unit in units for key in unit):
-            parts = [unit[images] for unit in units if images in unit]
-            before = by_images.get(images, np.zeros(1))
-            by_images[images] = before + np.sum(parts, axis=0)
+        for images, parts in _parts(units).items():
             counted[images] = counted.get(images, 0.0) + _own_variance(parts, len(units))
     for images, values in by_images.items():
         variance = float(values.var())
@@ -253,28 +255,48 @@ def hierarchical_interval(
     return centre, _percentiles(centre + drawn, level)
 
 
-def _strata(runs: Sequence[PairedRun]) -> list[list[dict[str, Float64[np.ndarray, " rows"]]]]:
-    """What is resampled among each other: one list of all zoos, or one of each zoo's splits.
+# That part of the mean over zoos, of splits, of runs, which some runs contribute, for each image.
+_Unit = dict[str, Float64[np.ndarray, " rows"]]
 
-    A unit maps images to its part of the mean over zoos, of splits, of runs, for each image.
-    """
+
+def _by_zoo(runs: Sequence[PairedRun]) -> list[dict[str, _Unit]]:
+    """For each zoo, what each of its splits contributes."""
     tree: dict[str, dict[str, list[PairedRun]]] = {}
     for run in runs:
         tree.setdefault(run.zoo, {}).setdefault(run.split, []).append(run)
-    strata = []
+    zoos = []
     for splits in tree.values():
-        units = []
-        for of_split in splits.values():
+        units = {}
+        for name, of_split in splits.items():
             weight = 1 / (len(tree) * len(splits) * len(of_split))
-            units.append(_sums([{run.images: weight * run.difference} for run in of_split]))
-        strata.append(units)
-    return strata if len(tree) < FEWEST_ZOOS else [[_sums(units) for units in strata]]
+            units[name] = _sums([{run.images: weight * run.difference} for run in of_split])
+        zoos.append(units)
+    return zoos
 
 
-def _sums(
-    parts: Sequence[dict[str, Float64[np.ndarray, " rows"]]],
-) -> dict[str, Float64[np.ndarray, " rows"]]:
-    found: dict[str, Float64[np.ndarray, " rows"]] = {}
+def _resampled_units(zoos: Sequence[dict[str, _Unit]]) -> list[list[_Unit]]:
+    """Lists of what is resampled among each other: zoos, splits of all zoos, or of each zoo."""
+    crossed = all(zoo.keys() == zoos[0].keys() for zoo in zoos)
+    by_split = [[_sums([zoo[name] for zoo in zoos]) for name in zoos[0]]] if crossed else []
+    if len(zoos) >= FEWEST_ZOOS:
+        return [[_sums([*zoo.values()]) for zoo in zoos], *by_split]
+    return by_split or [[*zoo.values()] for zoo in zoos]
+
+
+def _totals(units: Sequence[_Unit]) -> Float64[np.ndarray, " units"]:
+    return np.array([sum(float(part.mean()) for part in unit.values()) for unit in units])
+
+
+def _parts(units: Sequence[_Unit]) -> dict[str, list[Float64[np.ndarray, " rows"]]]:
+    """For each set of images, the parts of the units that have it."""
+    return {
+        images: [unit[images] for unit in units if images in unit]
+        for images in dict.fromkeys(key for unit in units for key in unit)
+    }
+
+
+def _sums(parts: Sequence[_Unit]) -> _Unit:
+    found: _Unit = {}
     for part in parts:
         for images, values in part.items():
             found[images] = found[images] + values if images in found else values

@@ -45,7 +45,7 @@ def conclude(
         "accuracy": Gain.of(best.right.astype(float) - greedy.right),
     }
     gain = gains[settings.gate_by]
-    passes = settings.gate is None or gain.mean > settings.gate * gain.standard_error
+    passes = gain.mean > settings.gate * gain.standard_error
     taken = best if passes else greedy
     known = finished.get(taken.name)
     soup = taken.soups.mean(axis=0) if known is None else known[-1]
@@ -64,7 +64,7 @@ def conclude(
             "folds": len(taken.soups),
             "right": taken.right.tolist(),
         },
-        "free_coefficients": taken.numbers * (len(soup) - 1),
+        "free_coefficients": min(taken.numbers, soup.shape[1]) * (len(soup) - 1),
         "weights": weights.get(taken.name) or jackknife(session.zoo.names, soup, taken.soups),
     }
     log.info(
@@ -112,17 +112,15 @@ def described_weight(name: str, weight: float, error: float, reach: float) -> di
     }
 
 
-def identical_ingredients(session: Session) -> list[list[str]]:
-    """The ingredients that hold the same tensors, in groups; they are named in a warning."""
+def warn_of_identical(session: Session) -> None:
+    """Name in a warning the ingredients that hold the same tensors."""
     by_hash: dict[str, list[str]] = {}
     for ingredient in session.zoo.ingredients:
         by_hash.setdefault(ingredient.sha256, []).append(ingredient.name)
-    same = [names for names in by_hash.values() if len(names) > 1]
-    for names in same:
+    for names in (names for names in by_hash.values() if len(names) > 1):
         log.warning(
             "%s: %s are the same model: how their weight is shared among them says nothing, and "
             "the penalty shares it evenly; take all but one out of the zoo",
             session.row,
             ", ".join(names),
         )
-    return same

@@ -37,7 +37,7 @@ def droppable(
     while len(found) < plane.ingredients - 1:
         others = [k for k in range(plane.ingredients) if k not in found]
         rise, best = min((_without(plane, theta, covariance, [*found, k])[0], k) for k in others)
-        freedom = (len(found) + 1) * plane.shape.numbers
+        freedom = (len(found) + 1) * min(plane.shape.numbers, plane.start.shape[1])
         if rise > 0.5 * chi2.ppf(LEVEL, freedom):
             break
         found.append(best)

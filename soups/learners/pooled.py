@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from inputs.randomness import generator
 from merge.coefficients import Coefficients
 from soups.errors import SoupError
 from soups.evaluate import even_batch, predict
-from soups.learners.conclusion import conclude, identical_ingredients
+from soups.learners.conclusion import conclude, warn_of_identical
 from soups.learners.descent import soup_loss
 from soups.learners.hyperplane import into_box
 from soups.learners.registry import Level, Pooled, Start
@@ -49,14 +50,14 @@ def pooled(session: Session, settings: Pooled) -> Coefficients:
 
     For each level (which numbers there are) a descent goes down the `penalties` λ, each from where
     the last one ended, in each of `folds` without one fold of *select*; the soup at each λ is the
-    mean of the second half of its steps. Level and λ are those with the lowest loss out of fold;
-    the answer is the mean of the folds' coefficients, or greedy's where those do not pass the gate
-    (see `conclude`). One backward through one model gives the
-    gradient in all coefficients, and no more is in memory than a block of ingredients, the mean and
-    the model.
+    mean of the second half of its steps, projected into the box. Level and λ are those with the
+    lowest loss out of fold; the answer is the mean of the folds' coefficients (the start's where no
+    descent does better, greedy's where they do not pass the gate: see `conclude`). One backward
+    through one model gives the gradient in all coefficients, and no more is in memory than a block
+    of ingredients, the mean and the model.
     """
     groups = session.groups(settings)
-    identical_ingredients(session)
+    warn_of_identical(session)
     folds = Folds(session, settings.folds)
     starts, trials = try_starts(session, groups, folds)
     losses = {trial.name: trial.mean_loss() for trial in trials}
@@ -155,12 +156,15 @@ class _Descents:
             for number, penalty in enumerate(self.settings.penalties):
                 if best == trial_name(start, level, penalty):
                     shape, key = Shape.of(level, self.groups), f"{start}/{level}/all"
-                    soups = self._kept.get(key)
+                    soups = self._kept.get(f"{key}/soups")
+                    begun = perf_counter()
                     with self.session.on(torch.arange(len(self.session.select)), key) as inner:
                         if soups is None:
-                            soups = self._kept.put(key, self._descend_path(inner, shape, soup, bar))
+                            soups = self._descend_path(inner, shape, soup, bar)
+                            self._kept.put(f"{key}/seconds", np.array(perf_counter() - begun))
+                            self._kept.put(f"{key}/soups", soups)
                         else:
-                            self._count_done(inner, bar)
+                            self._count_done(inner, key, bar)
                     return {best: soups[number][None]}
         return {}
 
@@ -172,12 +176,14 @@ class _Descents:
         with self.session.on(self.folds.learned_on[fold], key) as inner:
             soups, logits = self._kept.get(f"{key}/soups"), self._kept.get(f"{key}/logits")
             if soups is not None and logits is not None:
-                self._count_done(inner, bar)
+                self._count_done(inner, key, bar)
                 held_out = len(self.folds.held_out[fold])
                 self.session.examples_forward += len(self.settings.penalties) * held_out
                 return soups, logits
+            begun = perf_counter()
             soups = self._descend_path(inner, shape, start, bar)
         logits = torch.stack([self._held_out(fold, soup) for soup in soups]).numpy()
+        self._kept.put(f"{key}/seconds", np.array(perf_counter() - begun))
         self._kept.put(f"{key}/soups", soups)
         return soups, self._kept.put(f"{key}/logits", logits)
 
@@ -194,8 +200,9 @@ class _Descents:
             found.append(into_box(soup[None], self.settings.bounds)[0])
         return np.stack(found)
 
-    def _count_done(self, inner: Session, bar: tqdm) -> None:
+    def _count_done(self, inner: Session, key: str, bar: tqdm) -> None:
         """Count a path that is not run, since it is known from a run that was killed."""
+        inner.shared_seconds += float(self._kept.get(f"{key}/seconds") or 0.0)
         settings, rows = self.settings, len(inner.select)
         batch = even_batch(rows, settings.batch_size)
         descents = len(self.blocks) * len(settings.penalties)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from merge.coefficients import Coefficients
-from soups.learners.conclusion import conclude, identical_ingredients
+from soups.learners.conclusion import conclude, warn_of_identical
 from soups.learners.droppable import droppable
 from soups.learners.plane import Plane
 from soups.learners.registry import PooledNewton
@@ -44,27 +44,28 @@ def pooled_newton(session: Session, settings: PooledNewton) -> Coefficients:
     over *select*. In them the cross-entropy of β·f(W(A)) with its Gaussian prior is minimised in
     float64, the strength of each level by evidence (Laplace; MacKay 1992), so there is no grid, and
     the folds need no pass of their own. A step is shortened until the true loss on *select* falls
-    by a quarter of what was predicted; `linearisations` such steps are made. Where the box binds,
-    the prior is made stronger until it does not. Norm buffers move along by the rule `convex`; by
-    `recalibrate` the derivatives leave them out.
+    by a quarter of what was predicted; `linearisations` such steps are made, the folds only the
+    first of them, whose point depends on no label. Where the box binds, the prior is made stronger
+    until it does not. Norm buffers move along by the rule `convex`; by `recalibrate` the
+    derivatives leave them out.
 
     The answer is the fit on all of *select*, with a 95% interval for each ingredient's weight from
     the posterior covariance, and the ingredients that can be dropped without loss; it is greedy's
     where the fit does not pass the gate (see `conclude`).
     """
     groups = session.groups(settings)
-    identical_ingredients(session)
+    warn_of_identical(session)
     folds = Folds(session, settings.folds)
     starts, trials = try_starts(session, groups, folds)
     plane = Plane(Shape.of(settings.level, groups), starts["uniform"][-1], settings.bounds)
-    fitted, problem = _steps(session, settings, groups, plane)
-    of_folds = np.stack(
-        [plane.soup(own.theta) for own in _fits_of_folds(plane, problem, folds, fitted)]
-    )
+    fitted, problem, fits = _steps(session, settings, groups, plane, folds)
+    of_folds = np.stack([plane.soup(own.theta) for own in fits])
     logits = logits_of_folds(session, groups, folds, of_folds)
     trials.append(Trial(NAME, plane.shape.numbers, of_folds, logits, session.select.labels))
     soup = plane.soup(fitted.theta)
     covariance = uncertainty(problem, fitted).posterior
+    # The box makes the prior stronger, which makes no weight surer.
+    free = replace(fitted, strengths=fit_by_evidence(problem, start=fitted).strengths)
     session.record |= {
         "strengths": fitted.strengths.tolist(),
         "rank": fitted.rank,
@@ -72,27 +73,33 @@ def pooled_newton(session: Session, settings: PooledNewton) -> Coefficients:
         "predicted_loss": fitted.loss,
         "droppable": droppable(session, groups, plane, fitted.theta, covariance),
     }
-    weights = plane.weights(session.zoo.names, fitted.theta, covariance)
+    of_weights = uncertainty(problem, free).posterior
+    weights = plane.weights(session.zoo.names, fitted.theta, of_weights)
     return conclude(
         session, settings, groups, trials, starts | {NAME: soup[None]}, weights={NAME: weights}
     )
 
 
 def _steps(
-    session: Session, settings: PooledNewton, groups: Groups, plane: Plane
-) -> tuple[Fit, Problem]:
-    """The fit after all steps, and the problem that it solves."""
-    found: tuple[Fit, Problem] | None = None
+    session: Session, settings: PooledNewton, groups: Groups, plane: Plane, folds: Folds
+) -> tuple[Fit, Problem, list[Fit]]:
+    """The fit after all steps, the problem that it solves, and the fits of the folds."""
+    fitted: Fit | None = None
+    problem: Problem | None = None
+    of_folds: list[Fit] = []
     for _ in tqdm(
         range(settings.linearisations), desc=session.row, unit="step", disable=not session.progress
     ):
-        theta = found[0].theta if found else np.zeros(plane.numbers)
+        theta = np.zeros(plane.numbers) if fitted is None else fitted.theta
+        problem = None  # its derivatives make room for the next ones
         problem = linearised(session, settings, groups, plane, theta)
-        fitted = fit_by_evidence(problem, start=found[0] if found else None)
-        found = _trusted(session, groups, plane, problem, in_the_box(plane, problem, fitted))
-    if found is None:
+        found = in_the_box(plane, problem, fit_by_evidence(problem, start=fitted))
+        fitted, problem = _trusted(session, groups, plane, problem, found)
+        # Later steps begin where all of *select* has led.
+        of_folds = of_folds or _fits_of_folds(plane, problem, folds, fitted)
+    if fitted is None or problem is None:
         raise AssertionError("there is at least one linearisation")
-    return found
+    return fitted, problem, of_folds
 
 
 def linearised(
@@ -130,6 +137,7 @@ def linearised(
             parts.append(logit_derivatives(session.model, directions, images, profiles=profiles))
         logits = torch.cat([own for own, _ in parts]).cpu()
         derivatives.append(torch.cat([own for _, own in parts]).cpu())
+        del parts
         classes = logits.shape[1]
         session.examples_forward += rows * (1 + len(next(iter(directions.values()))))
         session.examples_backward += rows * classes
@@ -147,7 +155,7 @@ def _moving_buffers(
 ) -> tuple[Groups, dict[str, Tensor]]:
     """Norm buffers that move with the coefficients of their group, and each ingredient's less the
     mean of all; by other rules than `convex` none does, or not in a way that has derivatives."""
-    if session.norms.rule != "convex":
+    if session.norms.rule != "convex" or not session.norms.names:
         return {}, {}
     named, _ = session.norms.columns(groups, start)
     of_group = {
@@ -181,8 +189,8 @@ def _trusted(
         if actual >= TRUSTED * predicted or predicted <= NO_STEP:
             return fitted, problem
         numbers = problem.numbers
-        strength = 4.0**shorter
-        problem = replace(problem, trust=strength * fitted.curvature[:numbers, :numbers])
+        closer = 4.0**shorter * fitted.curvature[:numbers, :numbers]
+        problem = replace(problem, trust=closer)
         fitted = in_the_box(plane, problem, fit(problem, fitted.strengths, start=fitted))
     log.warning(
         "%s: the logits are not linear in the coefficients anywhere near: no step is taken",

@@ -183,14 +183,16 @@ class MehlLayerwise(MehlSettings):
 class CrossFittedSettings(Settings):
     """What learners that try themselves on `folds` of *select* share.
 
-    `gate`: by how many paired standard errors the loss out of fold (after a temperature), or the
-    accuracy (`gate_by`), must be better than greedy's, or greedy stays; null: it never does.
+    `gate`: greedy stays unless the best trial's loss out of fold (after a temperature), or its
+    accuracy (`gate_by`), is better by more than so many paired standard errors. By loss, 0 takes
+    the trial with the lowest, greedy's among them. The trial was chosen on the same images, so its
+    numbers out of fold are a little too good.
     `bounds` is the box that every coefficient stays in.
     """
 
     groups: Grouping | ByteSize = "layer"
     folds: Annotated[int, Field(ge=2)] = 5
-    gate: NonNegativeFloat | None = 0.0
+    gate: NonNegativeFloat = 0.0
     gate_by: Literal["loss", "accuracy"] = "loss"
     bounds: tuple[float, float] = (-0.5, 1.5)
 
@@ -219,6 +221,11 @@ class Pooled(CrossFittedSettings, Descent):
     shift: NonNegativeInt = 0
     refit: bool = False
     block_size: PositiveInt | None = None
+
+    @field_validator("penalties")
+    @classmethod
+    def _falling(cls, penalties: list[float]) -> list[float]:
+        return sorted(set(penalties), reverse=True)
 
 
 class PooledNewton(CrossFittedSettings):

@@ -177,39 +177,6 @@ def _rank(matrix: Matrix) -> int:
     return int((values > SINGULAR * max(values.max(initial=0.0), 1e-300)).sum())
 
 
-def row_losses(problem: Problem, fitted: Fit) -> Float64[np.ndarray, " rows"]:
-    """The cross-entropy of each row, with the fit's β."""
-    logits = problem.at_logits(fitted.theta, fitted.beta)
-    of_label = np.take_along_axis(logits, problem.labels[:, None], axis=1)[:, 0]
-    return logsumexp(logits, axis=1) - of_label
-
-
-def cross_fit(
-    problem: Problem,
-    folds: Sequence[Int[np.ndarray, " held_out"]],
-    strengths: Float64[np.ndarray, "settings levels"],
-    *,
-    temperature: bool = True,
-) -> tuple[Float64[np.ndarray, "settings rows"], list[list[Fit]]]:
-    """For each setting of the strengths, the losses of the rows by fits that have not seen them.
-
-    And the fits, [setting][fold]. Rows in no fold have NaN. Each fit begins at the one with the
-    strengths before, so settings are best in order.
-    """
-    rows = len(problem.labels)
-    losses = np.full((len(strengths), rows), np.nan)
-    fits: list[list[Fit]] = [[] for _ in strengths]
-    for held_out in folds:
-        weights = np.ones(rows)
-        weights[held_out] = 0
-        last: Fit | None = None
-        for s, setting in enumerate(strengths):
-            last = fit(problem, setting, weights=weights, start=last, temperature=temperature)
-            losses[s, held_out] = row_losses(problem, last)[held_out]
-            fits[s].append(last)
-    return losses, fits
-
-
 @dataclass(frozen=True)
 class _Piece:
     """Some rows at one point; `residuals` and `loss` are weighted."""

@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fleet.modes import refuse_training
 from soups.errors import SoupError
-from soups.norms import Groups
 from soups.second_order.weight_uses import REMEDY, Use, WeightUses
 from soups.sources import Flat, Sources, parted_by
 
 MEMORY = 256 << 20
+CLASSES_AT_ONCE = 64
 CHECKED_ROWS = 2
 TOLERANCE = 1e-2
 Profiles = Mapping[str, Sequence[float]]
@@ -69,15 +69,6 @@ def logit_derivatives(
     ]
     logits, derivatives = zip(*parts, strict=True)
     return torch.cat(logits), torch.cat(derivatives)
-
-
-def one_per_group(groups: Groups) -> dict[str, list[float]]:
-    """The profiles that give a derivative for each group of tensors."""
-    return {
-        name: [float(of == group) for of in groups]
-        for group, names in groups.items()
-        for name in names
-    }
 
 
 def ingredient_directions(sources: Sources, chosen: Sequence[int]) -> dict[str, Tensor]:
@@ -132,9 +123,10 @@ class _Point:
         outputs in all directions; with the result."""
         logits, uses = self.record(directions, images)
         per_edge = {_key(use.edge): use.outputs for use in uses}
-        classes, count = logits.shape[1], len(next(iter(directions.values())))
+        count = len(next(iter(directions.values())))
         largest = max(per_edge.values(), default=0)
-        result = 2 * classes * count * len(next(iter(scales.values())))
+        result = 2 * logits.shape[1] * count * len(next(iter(scales.values())))
+        classes = min(logits.shape[1], CLASSES_AT_ONCE)
         numbers = (classes + 4) * sum(per_edge.values()) + (classes + 2 * count) * largest + result
         return max(1, numbers * logits.element_size())
 
@@ -148,18 +140,21 @@ class _Point:
         at_edge: dict[tuple[int, int], list[Use]] = {}
         for use in uses:
             at_edge.setdefault(_key(use.edge), []).append(use)
-        cotangents = _cotangents(logits, [first.edge for first, *_ in at_edge.values()])
-        with torch.no_grad():
-            for run in at_edge.values():
-                own = [of_class.pop() for of_class in cotangents]
-                if any(part is None for part in own):
-                    continue  # the logits do not depend on it
-                stacked = torch.stack([part.movedim(run[0].row_axis, 0) for part in own])
-                for use in run:
-                    for name, tangents in use.along.items():
-                        moved = use.times(stacked, tangents)
-                        for r in scales[name].nonzero()[:, 0].tolist():
-                            found[..., r].add_(moved, alpha=scales[name][r].item())
+        edges = [first.edge for first, *_ in at_edge.values()]
+        for start in range(0, classes, CLASSES_AT_ONCE):
+            some = slice(start, start + CLASSES_AT_ONCE)
+            cotangents = _cotangents(logits[:, some], edges)
+            with torch.no_grad():
+                for run in at_edge.values():
+                    own = [of_class.pop() for of_class in cotangents]
+                    if any(part is None for part in own):
+                        continue  # the logits do not depend on it
+                    stacked = torch.stack([part.movedim(run[0].row_axis, 0) for part in own])
+                    for use in run:
+                        for name, tangents in use.along.items():
+                            moved = use.times(stacked, tangents)
+                            for r in scales[name].nonzero()[:, 0].tolist():
+                                found[:, some, :, r].add_(moved, alpha=scales[name][r].item())
         return logits.detach(), found
 
 

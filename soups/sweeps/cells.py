@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +15,79 @@ from inputs.files import write_whole
 from soups.checks import select_problems
 from soups.config import LearnConfig, ZooConfig
 from soups.errors import SoupError
-from soups.record import fingerprint
+from soups.record import WORK, Steps, fingerprint
 
 # The parts of `data` that no zoo depends on.
 _OF_OTHER_SPLITS = {"select", "report", "shifts", "select_seed"}
 CELL_FILE = Path("work/cell.json")
+STARTED_FILE = Path("work/started.json")
 
 
-def check_cells(configs: Sequence[LearnConfig]) -> list[tuple[int, str]]:
-    """What is wrong with each run that only its images and its zoo tell: (run, problem).
+def check_cells(
+    configs: Sequence[LearnConfig],
+) -> tuple[list[tuple[int, str]], list[dict[str, str]]]:
+    """What is wrong with each run that only its images and its zoo tell: (run, problem); and for
+    each run the digests of its splits.
 
     The images are decoded on the way, so that workers find them in the cache.
     """
-    from inputs.data import load_learning_data, load_report_data
-
     problems: list[tuple[int, str]] = []
+    loaded: dict[str, tuple[int, dict[str, str]] | str] = {}
+    digests: list[dict[str, str]] = []
     for index, config in enumerate(configs):
+        key = fingerprint(
+            {"data": config.data.model_dump(mode="json"), "budget": config.memory_budget}
+        )
+        if key not in loaded:
+            loaded[key] = _load_images(config)
+        found = loaded[key]
+        texts = [found] if isinstance(found, str) else select_problems(config.learners, found[0])
         try:
-            data = load_learning_data(config.data, memory_budget=config.memory_budget)
-            load_report_data(config.data, memory_budget=config.memory_budget)
             _check_subset(config)
         except (InputError, SoupError) as error:
-            problems.append((index, str(error)))
-        else:
-            found = select_problems(config.learners, len(data.select))
-            problems += [(index, text) for text in found]
-    return problems
+            texts.append(str(error))
+        problems += [(index, text) for text in texts]
+        digests.append({} if isinstance(found, str) else found[1])
+    return problems, digests
 
 
 def make_zoos(
-    configs: Sequence[LearnConfig], root: Path, threads: int, progress: bool
+    configs: Sequence[LearnConfig], images: Sequence[Mapping[str, str]], root: Path, progress: bool
 ) -> list[str]:
-    """Make the zoos that are missing, each once; for each run what its zoo and images are.
+    """Make the zoos that are missing, each once; for each run what its zoo, images, model are.
 
-    That is a fingerprint of *fit* and *tune* and of the sizes and times of the zoo's files. No
-    other worker runs meanwhile: `threads` of them are used.
+    That is a fingerprint of the sizes and times of the zoo's files, of the digests `images`, and
+    of a model factory's file.
     """
-    import torch
-
     from inputs.data import load_learning_data
+    from inputs.models import describe_model
     from soups.zoo import make_zoo
 
-    known: dict[str, str] = {}
+    known: dict[str, list[list[Any]]] = {}
     found = []
-    for config in configs:
+    for config, digests in zip(configs, images, strict=True):
+        model = describe_model(config.model, root)
         key = fingerprint(
             {
-                "model": config.model.model_dump(mode="json"),
+                "model": model,
                 "data": config.data.model_dump(mode="json", exclude=_OF_OTHER_SPLITS),
                 "zoo": config.zoo.model_dump(mode="json", exclude={"subset"}),
             }
         )
         if key not in known:
-            data = load_learning_data(config.data, memory_budget=config.memory_budget)
             if _is_made(config.zoo):
+                data = load_learning_data(config.data, memory_budget=config.memory_budget)
                 device = choose_device(config.device)
-                own = torch.get_num_threads()
-                torch.set_num_threads(threads)
                 make_zoo(config, data, root=root, device=device, progress=progress)
-                torch.set_num_threads(own)
-            images = [data.fit.digest(), data.tune.digest()]
-            known[key] = fingerprint({"images": images, "files": _stamps(config.zoo)})
-        found.append(known[key])
+            known[key] = _stamps(config.zoo)
+        found.append(fingerprint({"images": digests, "files": known[key], "model": model}))
     return found
 
 
-def run_cell(
-    config: LearnConfig, root: Path, fresh: bool, made_from: str, keep_soups: bool
-) -> None:
+def run_cell(config: LearnConfig, root: Path, made_from: str, keep_soups: bool) -> None:
     """One run, in its folder; then `work/cell.json` says what it was made from, and the seconds.
 
+    Those of earlier starts of the same run are among them, as far as this one went on from there.
     Its zoo is there: it is opened, and not looked at again whether it is finished. Without
     `keep_soups` the cooked soups are removed; the coefficients are there to cook them again.
     """
@@ -95,12 +98,60 @@ def run_cell(
     if _is_made(zoo):
         zoo = zoo.model_copy(update={"finetune": None})
     config = config.model_copy(update={"zoo": zoo})
-    run(config, root=root, fresh=fresh, progress=False, say=lambda text: None)
     folder = config.output / config.name
+    before = {"made_from": made_from, "seconds": _seconds_before(folder, made_from)}
+    write_whole(folder / STARTED_FILE, json.dumps(before | {"started": time.time()}) + "\n")
+    (folder / CELL_FILE).unlink(missing_ok=True)
+    run(config, root=root, fresh=False, progress=False, say=lambda text: None)
     if not keep_soups:
         shutil.rmtree(folder / "soups")
-    record = {"made_from": made_from, "seconds": time.perf_counter() - start}
-    write_whole(folder / CELL_FILE, json.dumps(record) + "\n")
+    seconds = before["seconds"] + time.perf_counter() - start
+    write_whole(folder / CELL_FILE, json.dumps(before | {"seconds": seconds}) + "\n")
+    (folder / STARTED_FILE).unlink()
+
+
+def cell_record(folder: Path) -> dict[str, Any]:
+    """What a finished run was made from, and its seconds; nothing of a run that is not finished."""
+    return _read_record(folder / CELL_FILE)
+
+
+def clear_cell(folder: Path) -> None:
+    """Remove what earlier starts of the run wrote, and that it was finished."""
+    for record in (CELL_FILE, STARTED_FILE):
+        (folder / record).unlink(missing_ok=True)
+    Steps(folder, fresh=True)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SoupError(f"{path}: is not JSON ({error}); remove it and run again") from error
+
+
+def _seconds_before(folder: Path, made_from: str) -> float:
+    """Of earlier starts with the same inputs; of one that was stopped, up to its last step."""
+    started, steps = _read_record(folder / STARTED_FILE), folder / WORK / "steps.json"
+    if started.get("made_from") == made_from:
+        last = steps.stat().st_mtime if steps.exists() else 0.0
+        return started["seconds"] + max(0.0, last - started["started"])
+    record = cell_record(folder)
+    return record["seconds"] if record.get("made_from") == made_from else 0.0
+
+
+def _load_images(config: LearnConfig) -> tuple[int, dict[str, str]] | str:
+    """How many images *select* has, and every split's digest; or what is wrong with them."""
+    from inputs.data import load_learning_data, load_report_data
+
+    try:
+        data = load_learning_data(config.data, memory_budget=config.memory_budget)
+        report = load_report_data(config.data, memory_budget=config.memory_budget)["report"]
+    except (InputError, SoupError) as error:
+        return str(error)
+    splits = (data.fit, data.tune, data.select, report)
+    return len(data.select), {images.name: images.digest() for images in splits}
 
 
 def _is_made(zoo: ZooConfig) -> bool:

@@ -6,7 +6,6 @@ Imports no torch: that is for the workers.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from inputs.errors import InputError
 from soups.config import LearnConfig, SweepConfig, overlap, settings_of
 from soups.errors import SoupError
 from soups.record import RunRecord, check_writable, fingerprint, locked
-from soups.sweeps.cells import CELL_FILE, check_cells, make_zoos, run_cell
+from soups.sweeps.cells import cell_record, check_cells, clear_cell, make_zoos, run_cell
 from soups.sweeps.workers import Outcome, Workers, cores
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def plan_sweep(read: ConfigTree) -> Sweep:
         for axis, labels in settings.axes.items()
     ]
     cells: list[Cell] = []
-    folder = Path()
+    places: dict[tuple[str, Path], list[Mapping[str, str]]] = {}
     wrong: dict[tuple[str, str], list[Mapping[str, str]]] = {}
     for chosen in itertools.product(*values):
         labels = {axis: label for axis, label, _ in chosen}
@@ -100,13 +99,16 @@ def plan_sweep(read: ConfigTree) -> Sweep:
             if row not in config.learners:
                 text = f"there is no learner {row!r}; the learners are {', '.join(config.learners)}"
                 wrong.setdefault(("sweep.compare", text), []).append(labels)
-        folder = config.output / config.name
-        cells.append(Cell(labels, _placed(config, folder / RUNS, [*labels.values()])))
+        places.setdefault((config.name, config.output), []).append(labels)
+        runs = config.output / config.name / RUNS
+        cells.append(Cell(labels, _placed(config, runs, [*labels.values()])))
     if wrong:
         raise InputError("\n".join(_blame(read, settings, *one) for one in wrong.items()))
+    _refuse_places(read, [*places])
+    ((name, output),) = places
     source = OmegaConf.to_container(read.tree)
     assert isinstance(source, dict)
-    return Sweep(settings, folder, tuple(cells), {str(key): v for key, v in source.items()})
+    return Sweep(settings, output / name, tuple(cells), {str(key): v for key, v in source.items()})
 
 
 def run_sweep(
@@ -123,24 +125,20 @@ def run_sweep(
         count = min(sweep.settings.workers, len(sweep.cells))
         axes = " × ".join(f"{len(labels)} {axis}" for axis, labels in sweep.settings.axes.items())
         say(f"{len(sweep.cells)} runs: {axes}")
+        made_from = _prepare(sweep, root=root, fresh=fresh, progress=progress)
+        finished = [
+            cell.name
+            for cell in sweep.cells
+            if _is_finished(cell, made_from[cell.name], keep_soups)
+        ]
+        if finished:
+            say(f"{len(finished)} are finished, in {sweep.folder / RUNS}: {_some(finished)}")
+        tasks = {
+            cell.name: (cell.config, root, made_from[cell.name], keep_soups)
+            for cell in sweep.cells
+            if cell.name not in finished
+        }
         with Workers(count, max(1, cores() // count)) as workers:
-            zoos = _prepare(workers, sweep, root=root, progress=progress)
-            made_from = {
-                cell.name: _made_from(cell.config, zoo)
-                for cell, zoo in zip(sweep.cells, zoos, strict=True)
-            }
-            finished = [
-                cell.name
-                for cell in sweep.cells
-                if not fresh and _is_finished(cell, made_from[cell.name])
-            ]
-            if finished:
-                say(f"{len(finished)} are finished, in {sweep.folder / RUNS}: {_some(finished)}")
-            tasks = {
-                cell.name: (cell.config, root, fresh, made_from[cell.name], keep_soups)
-                for cell in sweep.cells
-                if cell.name not in finished
-            }
             failed = _run(workers, tasks, progress=progress)
         done = [cell for cell in sweep.cells if cell.name not in failed]
         _write_tables(sweep, done, failed, threads=workers.threads, say=say)
@@ -152,19 +150,32 @@ def run_sweep(
         )
 
 
-def _prepare(workers: Workers, sweep: Sweep, *, root: Path, progress: bool) -> list[str]:
-    """Check all runs against their images and zoos, then make the zoos; each run's zoo."""
+def _prepare(sweep: Sweep, *, root: Path, fresh: bool, progress: bool) -> dict[str, str]:
+    """Check all runs against their images and zoos, then make the zoos; what decides each run.
+
+    The images and models stay in the memory of a process that runs nothing else: what a run finds
+    in use enters its plan.
+    """
     configs = [cell.config for cell in sweep.cells]
-    (checked,) = workers.run(check_cells, [(configs,)])
-    problems = _result(checked)
-    if problems:
-        names: dict[str, list[str]] = {}
-        for cell, problem in problems:
-            names.setdefault(problem, []).append(sweep.cells[cell].name)
-        raise SoupError("\n".join(f"runs {_some(cells)}: {text}" for text, cells in names.items()))
-    threads = workers.threads * min(sweep.settings.workers, len(sweep.cells))
-    (made,) = workers.run(make_zoos, [(configs, root, threads, progress)])
-    return _result(made)
+    with Workers(1, cores()) as alone:
+        (checked,) = alone.run(check_cells, [(configs,)])
+        problems, images = _result(checked)
+        if problems:
+            names: dict[str, list[str]] = {}
+            for index, problem in problems:
+                names.setdefault(problem, []).append(sweep.cells[index].name)
+            lines = [f"runs {_some(cells)}: {text}" for text, cells in names.items()]
+            raise SoupError("\n".join(lines))
+        if fresh:
+            # Before any work, so that none is taken as finished when this is stopped.
+            for cell in sweep.cells:
+                clear_cell(cell.folder)
+        (made,) = alone.run(make_zoos, [(configs, images, root, progress)])
+        inputs = _result(made)
+    return {
+        cell.name: _made_from(cell.config, one)
+        for cell, one in zip(sweep.cells, inputs, strict=True)
+    }
 
 
 def _result(outcome: Outcome) -> Any:
@@ -205,7 +216,7 @@ def _write_tables(
     from soups.sweeps.tables import read_run, write_tables
 
     runs = [read_run(cell.folder, cell.labels, cell.config) for cell in done]
-    seconds = [_cell_record(cell)["seconds"] for cell in done]
+    seconds = [cell_record(cell.folder)["seconds"] for cell in done]
     record = RunRecord(
         sweep.folder / "run.json",
         config=sweep.source,
@@ -220,27 +231,17 @@ def _write_tables(
         say(f"\n{sweep.folder}: {len(runs)} runs, {minutes:,.1f} minutes of one worker in all")
 
 
-def _made_from(config: LearnConfig, zoo: str) -> str:
+def _made_from(config: LearnConfig, inputs: str) -> str:
     """What decides a run's results; not its folder, which may be moved."""
     settings = config.model_dump(mode="json", by_alias=True, exclude={"name", "output"})
-    return fingerprint({"config": settings, "zoo": zoo})
+    return fingerprint({"config": settings, "inputs": inputs})
 
 
-def _is_finished(cell: Cell, made_from: str) -> bool:
-    outputs = ("leaderboard.csv", "predictions.npz", "run.json")
-    return _cell_record(cell).get("made_from") == made_from and all(
-        (cell.folder / output).is_file() for output in outputs
+def _is_finished(cell: Cell, made_from: str, keep_soups: bool) -> bool:
+    outputs = ["leaderboard.csv", "predictions.npz", "run.json", *["soups"] * keep_soups]
+    return cell_record(cell.folder).get("made_from") == made_from and all(
+        (cell.folder / output).exists() for output in outputs
     )
-
-
-def _cell_record(cell: Cell) -> dict[str, Any]:
-    path = cell.folder / CELL_FILE
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise SoupError(f"{path}: is not JSON ({error}); remove it and run again") from error
 
 
 def _placed(config: LearnConfig, runs: Path, labels: list[str]) -> LearnConfig:
@@ -249,6 +250,21 @@ def _placed(config: LearnConfig, runs: Path, labels: list[str]) -> LearnConfig:
     pictures = config.pictures and "pictures" in config.model_fields_set
     place = {"name": labels[-1], "output": runs.joinpath(*labels[:-1]), "pictures": pictures}
     return config.model_copy(update=place)
+
+
+def _refuse_places(read: ConfigTree, places: Sequence[tuple[str, Path]]) -> None:
+    """InputError where runs do not have one name and output, as by interpolation they may."""
+    names, outputs = zip(*places, strict=True)
+    found = {"name": dict.fromkeys(names), "output": dict.fromkeys(map(str, outputs))}
+    lines = [
+        f"{read.where(key)}: {key}: found {_some([*values])} for different runs; wanted one for "
+        "all, since a sweep has one folder: take out what an axis changes (runs have folders of "
+        "their own in it, named by their labels)"
+        for key, values in found.items()
+        if len(values) > 1
+    ]
+    if lines:
+        raise InputError("\n".join(lines))
 
 
 def _refuse_covered(read: ConfigTree, settings: SweepConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from inputs.files import write_whole
 from soups.config import LearnConfig, SweepConfig
 from soups.leaderboard import REPORT, load_predictions
 from soups.record import fingerprint
-from soups.statistics import Interval, PairedRun, hierarchical_interval
+from soups.statistics import FEWEST_ZOOS, Interval, PairedRun, hierarchical_interval
 from soups.sweeps.pictures import plot_comparisons
 
 ALL = "all"
@@ -96,10 +97,14 @@ def write_tables(folder: Path, runs: Sequence[RunResult], settings: SweepConfig)
         folder / "comparisons.md",
         f"{mean_table(runs, settings)}\n{text}\n{_caption(runs, settings)}",
     )
+    # Models fine-tuned on few images are so far below that soups could not be told apart.
+    soups = {row["learner"] for run in runs for row in run.rows if row["kind"] == "soup"}
     for baseline in settings.compare:
-        of_baseline = [one for one in found if one.baseline == baseline]
+        of_baseline = [one for one in found if one.baseline == baseline and one.learner in soups]
         path = folder / "pictures" / f"comparisons_{baseline}.png"
-        plot_comparisons(of_baseline, other_axes(settings), path, all_label=ALL)
+        path.unlink(missing_ok=True)
+        if of_baseline:
+            plot_comparisons(of_baseline, other_axes(settings), path, all_label=ALL)
     return text
 
 
@@ -253,6 +258,7 @@ def _csv(header: Sequence[str], lines: Sequence[Sequence]) -> str:
 def _caption(runs: Sequence[RunResult], settings: SweepConfig) -> str:
     splits = len(settings.axes.get(settings.repeats, {})) or 1
     zoos = len(settings.axes.get(settings.zoos, {})) or 1
+    planned = math.prod(len(labels) for labels in settings.axes.values())
     images = len(next(iter(runs[0].right.values())))
     lines = [
         f"{len(runs)} runs over {splits} split{'s' * (splits != 1)} and {zoos} "
@@ -261,10 +267,32 @@ def _caption(runs: Sequence[RunResult], settings: SweepConfig) -> str:
         "splits are resampled with all that varies in them, and so are report images, for all "
         "runs that share them at once.",
     ]
+    if len(runs) < planned:
+        lines[0] += (
+            f" {planned - len(runs)} of {planned} runs are missing: means and intervals are of "
+            "the others."
+        )
+    if zoos > 1:
+        lines[1] += (
+            " In the rows `all`, a split is resampled with its runs in all zoos, where all zoos "
+            "have the same splits."
+        )
     if splits == 1:
         lines.append("With one split the intervals say what other report images would change.")
     if zoos == 2:
         lines.append("Two zoos are taken as they are: the rows `all` do not speak of a third.")
+    if zoos >= FEWEST_ZOOS:
+        lines.append(
+            "In the rows `all` zoos are resampled too, whole: these speak of other zoos like them."
+        )
+    own = dict.fromkeys(
+        row["learner"] for run in runs for row in run.rows if row.get("out_of_fold_own") == "True"
+    )
+    if own:
+        lines.append(
+            f"“Out of fold” of {', '.join(own)} is on the folds by which the learner itself has "
+            "chosen, so slightly flattering."
+        )
     return "\n\n".join(lines) + "\n"
 
 

@@ -6,6 +6,7 @@ its own task with it and no other: it is named, and another worker goes on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -97,7 +98,7 @@ class Workers:
                 assert worker.task is not None
                 try:
                     result, error, said = worker.pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionError):
                     outcome = Outcome(worker.task, None, self._bury(worker), ())
                     worker = self._start()
                     self._workers.append(worker)
@@ -113,15 +114,18 @@ class Workers:
         worker.task = None
         if not waiting:
             return
-        task, arguments = waiting.pop()
+        # Before it is sent: whoever leaves meanwhile ends this worker too.
+        worker.task, arguments = waiting.pop()
         try:
             worker.pipe.send((function, arguments))
-        except BrokenPipeError:  # it died while it had nothing to do
+        except ConnectionError:  # it died while it had nothing to do
+            task = worker.task
             self._bury(worker)
             worker = self._start()
             self._workers.append(worker)
-            worker.pipe.send((function, arguments))
-        worker.task = task
+            worker.task = task
+            with contextlib.suppress(ConnectionError):  # told when its answer is waited for
+                worker.pipe.send((function, arguments))
 
     def _start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -161,6 +165,7 @@ class Workers:
 
 def _serve(pipe: Connection, threads: int) -> None:
     """What a worker does: task after task until the other end of the pipe is closed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
@@ -174,7 +179,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     while True:
         try:
             function, arguments = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         heard.said.clear()
         result, error = None, None
@@ -185,6 +190,14 @@ def _serve(pipe: Connection, threads: int) -> None:
         except Exception:
             error = traceback.format_exc()
         pipe.send((result, error, tuple(dict.fromkeys(heard.said))))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends: a killed one cannot say so, and takes no result."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class _Warnings(logging.Handler):

@@ -295,7 +295,7 @@ def measured(session):
     ],
 )
 def test_pooled_takes_the_passes_that_were_planned(kitchen, tmp_path, images, settings, refit):
-    own = {"groups": "layer", "penalties": [10.0, 1.0], "lr": 0.05, "gate": None, "refit": refit}
+    own = {"groups": "layer", "penalties": [10.0, 1.0], "lr": 0.05, "gate": 0.0, "refit": refit}
     session, settings = session_of(kitchen, tmp_path, "pooled", own | settings)
     session.select = session.select.subset(torch.arange(images))
     session.ingredients = IngredientScores.of(session.ingredients.right[:, :images], 0.0)

@@ -257,16 +257,19 @@ def simulated_runs(
     of_zoos: float = 0.0,
     of_splits: float = 0.0,
     of_images: float = 0.0,
+    of_draws: float = 0.0,
     shared: bool = True,
 ) -> list[PairedRun]:
     """Runs of which the true difference is 0: each image is won or lost with probabilities that
-    its zoo, its split and (where it is shared) the image itself change."""
+    its zoo, its split (in one zoo, and as one draw for all zoos) and (where it is shared) the image
+    itself change."""
     runs = []
     common = of_images * rng.normal(size=images)
+    draws = of_draws * rng.normal(size=splits)
     for zoo in range(zoos):
         of_zoo = of_zoos * rng.normal()
         for split in range(splits):
-            effect = of_zoo + of_splits * rng.normal()
+            effect = of_zoo + draws[split] + of_splits * rng.normal()
             own = common if shared else of_images * rng.normal(size=images)
             drawn = rng.random(images)
             won, lost = (np.clip(0.15 + s * (effect + own) / 2, 0, 0.5) for s in (1, -1))
@@ -284,16 +287,53 @@ def simulated_runs(
         {"splits": 10, "of_splits": 0.08},
         {"of_splits": 0.04, "of_images": 0.1},
         {"of_splits": 0.03, "shared": False},
-        {"zoos": 5, "splits": 5, "of_zoos": 0.05, "of_splits": 0.03},
+        # A split is one draw for all zoos.
+        {"zoos": 2, "splits": 10, "of_draws": 0.06},
+        {"zoos": 2, "of_draws": 0.03, "of_images": 0.1},
+        {"zoos": 5, "of_draws": 0.06},
+        {"zoos": 5, "of_draws": 0.05, "of_images": 0.1},
     ],
 )
 def test_the_hierarchical_interval_covers_the_truth(kind: dict):
+    assert 0.93 <= coverage(**kind) <= 0.97
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"splits": 5, "of_zoos": 0.05, "of_splits": 0.03},
+        {"of_zoos": 0.05, "of_draws": 0.06},
+    ],
+)
+def test_with_zoos_and_splits_it_errs_on_the_safe_side(kind: dict):
+    assert 0.95 <= coverage(zoos=5, **kind) <= 0.99
+
+
+def coverage(**kind) -> float:
     tables, hits = 500, 0
     for seed in range(tables):
         runs = simulated_runs(np.random.default_rng(seed), **kind)
         _, (low, high) = hierarchical_interval(runs, resamples=500, seed=seed)
         hits += low <= 0 <= high
-    assert 0.93 <= hits / tables <= 0.97
+    return hits / tables
+
+
+def test_zoos_with_other_splits_are_resampled_by_themselves():
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=8)
+
+    def width(names: list[str]) -> float:
+        runs = [
+            PairedRun(zoo, name, f"{zoo}{k}", np.full(5, effect))
+            for zoo, own in (("a", range(8)), ("b", names))
+            for k, (name, effect) in enumerate(zip(map(str, own), effects, strict=True))
+        ]
+        _, (low, high) = hierarchical_interval(runs, seed=0, resamples=20_000)
+        return high - low
+
+    # The same draws in both zoos say no more than they do in one.
+    crossed, apart = width([*map(str, range(8))]), width([*map(str, range(8, 16))])
+    assert apart == pytest.approx(crossed / np.sqrt(2), rel=0.05)
 
 
 def test_images_that_all_splits_share_are_resampled_together():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import t as students_t
 
-from soups.learners.conclusion import conclude, identical_ingredients, jackknife
+from soups.learners.conclusion import conclude, jackknife, warn_of_identical
 from soups.learners.registry import Pooled
 from soups.learners.trials import Trial
 from tests.soups.conftest import open_session
@@ -97,10 +97,10 @@ def test_as_good_as_greedy_is_not_better(session):
     assert session.record["gate"]["kept"] == "greedy"
 
 
-def test_without_a_gate_the_lowest_loss_is_taken_whatever_its_accuracy(session):
+def test_at_a_gate_of_nothing_the_lowest_loss_is_taken_whatever_its_accuracy(session):
     learned = trial("learned", GREEDY | {40, 41}, numbers=3, soups=soups_of(1), doubt=0.95)
     trials = [trial("greedy", GREEDY), learned]
-    settle(session, trials, gate=None)
+    settle(session, trials, gate=0.0)
     assert session.record["gate"]["kept"] == "learned"
     assert session.record["gate"]["gains_on_greedy"]["accuracy"]["mean"] == pytest.approx(-2 / ROWS)
     settle(session, trials, gate=0.0, gate_by="accuracy")
@@ -111,12 +111,12 @@ def test_the_record_says_what_was_tried_and_what_is_taken(session):
     uniform = trial("uniform", GREEDY | {30}, numbers=0)
     greedy = trial("greedy", GREEDY)
     learned = trial("learned", LEARNED, numbers=3, soups=soups_of(2))
-    settle(session, [uniform, greedy, learned], gate=None)
+    settle(session, [uniform, greedy, learned], gate=0.0)
     record = session.record
     assert [entry["trial"] for entry in record["trials"]] == ["uniform", "greedy", "learned"]
     for entry, own in zip(record["trials"], (uniform, greedy, learned), strict=True):
         assert entry == own.described()
-    assert record["gate"]["standard_errors_wanted"] is None
+    assert record["gate"]["standard_errors_wanted"] == 0.0
     assert record["out_of_fold"] == {
         "accuracy": 1 - len(LEARNED) / ROWS,
         "loss": learned.mean_loss(),
@@ -129,7 +129,7 @@ def test_the_record_says_what_was_tried_and_what_is_taken(session):
     assert session.record["free_coefficients"] == 4
     assert session.record["out_of_fold"]["accuracy"] == 1 - len(GREEDY) / ROWS
     worse = [trial("greedy", range(30)), uniform]
-    settle(session, worse, gate=None)
+    settle(session, worse, gate=0.0)
     assert session.record["gate"]["kept"] == "uniform"
     assert session.record["free_coefficients"] == 0
 
@@ -140,7 +140,7 @@ def test_what_is_finished_is_taken_rather_than_the_mean_and_known_weights_stay(s
     known = [{"ingredient": "said", "weight": 0.5}]
     trials = [trial("greedy", GREEDY), learned]
     found = settle(
-        session, trials, gate=None, finished={"learned": of_all}, weights={"learned": known}
+        session, trials, gate=0.0, finished={"learned": of_all}, weights={"learned": known}
     )
     np.testing.assert_array_equal(found.matrix[:, :5], of_all[-1])
     assert session.record["weights"] == known
@@ -159,15 +159,15 @@ def test_only_what_is_learned_has_a_temperature(session):
     learned = trial("learned", LEARNED, numbers=3, soups=soups_of(5))
     assert learned.temperature != pytest.approx(1, abs=0.1)
     trials = [trial("greedy", GREEDY), learned]
-    assert settle(session, trials, gate=None).temperature == learned.temperature
+    assert settle(session, trials, gate=0.0).temperature == learned.temperature
     assert settle(session, trials, gate=1e9).temperature == 1
     uniform = trial("uniform", LEARNED, numbers=0)
-    assert settle(session, [trials[0], uniform], gate=None).temperature == 1
+    assert settle(session, [trials[0], uniform], gate=0.0).temperature == 1
 
 
 def test_what_is_learned_with_one_number_has_a_temperature_too(session):
     learned = trial("uniform + ingredient, λ = 1", LEARNED, numbers=1, soups=soups_of(6))
-    found = settle(session, [trial("greedy", GREEDY), learned], gate=None)
+    found = settle(session, [trial("greedy", GREEDY), learned], gate=0.0)
     assert session.record["gate"]["kept"] == learned.name
     assert found.temperature == learned.temperature
 
@@ -204,8 +204,8 @@ def test_ingredients_that_are_the_same_file_are_named(kitchen, tmp_path, caplog)
     session = open_session(kitchen, tmp_path / "out", zoo=names)
     session.begin("row", None)
     with caplog.at_level(logging.WARNING):
-        assert identical_ingredients(session) == [["01", "twin"]]
+        warn_of_identical(session)
     assert "row: 01, twin are the same model" in caplog.text
     caplog.clear()
-    assert identical_ingredients(open_session(kitchen, tmp_path / "plain")) == []
+    warn_of_identical(open_session(kitchen, tmp_path / "plain"))
     assert not caplog.records

@@ -26,7 +26,7 @@ QUICK = {
     "levels": ["depth"],
     "penalties": [10.0, 1.0],
     "folds": 2,
-    "gate": None,
+    "gate": 0.0,
 }
 
 

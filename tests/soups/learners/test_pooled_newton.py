@@ -25,7 +25,7 @@ QUICK = {
     "groups": "layer",
     "level": "depth",
     "folds": 2,
-    "gate": None,
+    "gate": 0.0,
     "linearisations": 1,
     "bounds": (-20.0, 20.0),
 }

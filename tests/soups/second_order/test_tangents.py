@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fleet.errors import FleetError
 from soups.errors import SoupError
-from soups.second_order.tangents import ingredient_directions, logit_derivatives, one_per_group
+from soups.second_order.tangents import ingredient_directions, logit_derivatives
 from tests.soups.conftest import open_session
 
 STEP = 2e-6
@@ -161,15 +161,27 @@ def test_some_tensors_alone():
     check(model, drawn(chosen), images)
 
 
-def test_one_per_group_sums_to_the_whole():
+def test_a_profile_for_each_group_sums_to_the_whole():
     model, images = made("convnext")
     directions = drawn(dict(model.named_parameters()))
-    groups = {"a": tuple([*directions][:9]), "b": tuple([*directions][9:])}
-    _, apart = logit_derivatives(model, directions, images, profiles=one_per_group(groups))
+    first = set([*directions][:9])
+    profiles = {name: [float(name in first), float(name not in first)] for name in directions}
+    _, apart = logit_derivatives(model, directions, images, profiles=profiles)
     _, whole = logit_derivatives(model, directions, images)
     assert apart.shape[-1] == 2
     assert apart[..., 0].abs().max() > 1e-3
     torch.testing.assert_close(apart.sum(-1), whole[..., 0], rtol=1e-10, atol=1e-10)
+
+
+def test_many_classes_are_taken_in_parts(monkeypatch):
+    model, images = made("conv")
+    directions = drawn(dict(model.named_parameters()))
+    logits, whole = logit_derivatives(model, directions, images)
+    monkeypatch.setattr("soups.second_order.tangents.CLASSES_AT_ONCE", 3)
+    again, parts = logit_derivatives(model, directions, images)
+    assert logits.shape[1] == 4
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(again, logits, rtol=1e-12, atol=1e-12)
 
 
 def test_batches_change_nothing_but_rounding():

@@ -23,6 +23,7 @@ from soups.config import LearnConfig
 from soups.leaderboard import load_predictions
 from soups.learn import app
 from soups.pipeline import run
+from soups.sweeps.cells import _seconds_before, check_cells, make_zoos
 from soups.sweeps.sweep import Sweep, is_sweep, plan_sweep
 from tests.soups.conftest import make_config
 
@@ -96,6 +97,14 @@ def test_every_combination_is_a_run_in_a_folder_of_its_own(kitchen: Path, tmp_pa
     assert plan(kitchen, tmp_path, "pictures=true").cells[0].config.pictures
 
 
+def test_labels_may_be_written_as_numbers(kitchen: Path, tmp_path: Path):
+    path = write_sweep(kitchen, tmp_path, {"images": {"100": {"data.select.count": 100}}})
+    path.write_text(path.read_text().replace("'100':", "100:"))
+    (cell,) = plan_sweep(read_config(path, [])).cells
+    assert cell.labels == {"images": "100"}
+    assert cell.config.data.select.count == 100
+
+
 def test_an_override_comes_before_the_axes(kitchen: Path, tmp_path: Path):
     sweep = plan(kitchen, tmp_path, "sweep.axes.split.values=[4]", "device=cpu")
     assert {cell.labels["split"] for cell in sweep.cells} == {"4"}
@@ -141,7 +150,7 @@ def test_a_mistake_in_the_file_is_told_as_the_file_s(kitchen: Path, tmp_path: Pa
         ({"images": {"keys": "seed", "values": [1, 1]}}, "one value twice"),
         ({"images": {"keys": "zoo", "values": [{"path": "x"}]}}, "cannot be the name of a folder"),
         ({"images": {"keys": "seed", "values": []}}, "at least 1"),
-        ({"images": {"keys": "zoo.path", "values": ["a/b"]}}, "sweep.axes.images"),
+        ({"images": {"keys": "zoo.path", "values": ["a/b"]}}, "cannot be the name of a folder"),
         ({"a": {"keys": "seed", "values": [1]}, "b": {"keys": "seed", "values": [2]}}, "both set"),
         (
             {"a": {"x": {"zoo": {"path": "p"}}}, "b": {"keys": "zoo.path.y", "values": [2]}},
@@ -174,6 +183,14 @@ def test_an_override_that_an_axis_would_undo(kitchen: Path, tmp_path: Path):
     text = refused(kitchen, tmp_path, "data.select.count=5", "seed=3")
     assert "override 'data.select.count=5': the axis images sets `data.select.count`" in text
     assert "override 'seed=3': the axis split sets `seed`" in text
+
+
+def test_an_interpolated_place_would_split_the_sweep(kitchen: Path, tmp_path: Path):
+    places = {"name": "soup_${seed}", "output": "of_${data.select.count}"}
+    text = refused(kitchen, tmp_path, **places)
+    assert "name: found soup_0, soup_1 for different runs; wanted one for all" in text
+    assert "output: found of_100, of_300 for different runs" in text
+    assert plan(kitchen, tmp_path, name="soup_${device}").folder.name == "soup_auto"
 
 
 def test_what_only_the_images_and_the_zoo_tell_stops_all_runs(kitchen: Path, tmp_path: Path):
@@ -277,6 +294,87 @@ def test_finished_runs_are_taken_and_new_ones_run(again: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "1 are finished" in result.stdout
     assert len(pd.read_csv(folder / "runs.csv")) == 2 * len(LEARNERS)
+
+
+def test_a_fresh_start_that_is_stopped_leaves_nothing_finished(
+    again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cell = tmp_path / "results" / "small" / "runs" / "small" / "0" / "100"
+    one = ("sweep.axes.split.values=[0]", "sweep.axes.images.values=[100]")
+    # What is refused before any work takes nothing away.
+    assert learn(again, *one, "learners.mehl.batch_size=200", "--fresh").exit_code == 2
+    assert (cell / "work" / "cell.json").exists()
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("soups.sweeps.sweep._run", stopped)
+        assert learn(again, *one, "--fresh").exit_code == 130
+    assert not (cell / "work" / "cell.json").exists()
+    assert not (cell / "work" / "steps.json").exists()
+    assert not [*cell.glob("coefficients/*.json")]
+    result = learn(again, *one)
+    assert result.exit_code == 0, result.output
+    assert "are finished" not in result.stdout
+
+
+def test_soups_that_are_kept_later_are_cooked(again: Path, tmp_path: Path):
+    cell = tmp_path / "results" / "small" / "runs" / "small" / "0" / "100"
+    record = json.loads((cell / "work" / "cell.json").read_text())
+    one = ("sweep.axes.split.values=[0]", "sweep.axes.images.values=[100]")
+    result = learn(again, *one, "sweep.keep_soups=true")
+    assert result.exit_code == 0, result.output
+    assert "are finished" not in result.stdout
+    assert {file.stem for file in (cell / "soups").iterdir()} == set(LEARNERS)
+    # What the run took before is among its seconds.
+    now = json.loads((cell / "work" / "cell.json").read_text())
+    assert now["made_from"] == record["made_from"]
+    assert now["seconds"] > record["seconds"]
+    assert not (cell / "work" / "started.json").exists()
+    assert "1 are finished" in learn(again, *one, "sweep.keep_soups=true").stdout
+
+
+def test_a_stopped_run_counts_the_seconds_up_to_its_last_step(tmp_path: Path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "started.json").write_text('{"made_from": "a", "seconds": 5.0, "started": 1000.0}')
+    assert _seconds_before(tmp_path, "a") == 5.0
+    (work / "steps.json").write_text("{}")
+    os.utime(work / "steps.json", (1007.0, 1007.0))
+    assert _seconds_before(tmp_path, "a") == pytest.approx(12.0)
+    assert _seconds_before(tmp_path, "b") == 0.0
+
+
+def test_other_images_or_another_model_are_another_run(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    factory = tmp_path / "net.py"
+    factory.write_text((kitchen / "net.py").read_text())
+    values = plan(kitchen, tmp_path, f"model.factory={factory}:build").cells
+    configs = [cell.config for cell in values]
+    problems, images = check_cells(configs)
+    assert not problems
+    assert set(images[0]) == {"fit", "tune", "select", "report"}
+    before = make_zoos(configs, images, kitchen, False)
+    assert len(set(before)) == 4
+    assert make_zoos(configs, images, kitchen, False) == before
+    for split in ("select", "report"):
+        changed = [images[0] | {split: "others"}, *images[1:]]
+        after = make_zoos(configs, changed, kitchen, False)
+        assert [a == b for a, b in zip(after, before, strict=True)] == [False, True, True, True]
+    factory.write_text(factory.read_text() + "# other code\n")
+    assert not set(make_zoos(configs, images, kitchen, False)) & set(before)
+    # Runs of the same images share one load of them.
+    loads: list[LearnConfig] = []
+
+    def load(config: LearnConfig) -> tuple[int, dict[str, str]]:
+        loads.append(config)
+        return 300, {}
+
+    monkeypatch.setattr("soups.sweeps.cells._load_images", load)
+    check_cells(configs * 3)
+    assert len(loads) == 4
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(again: Path, tmp_path: Path):

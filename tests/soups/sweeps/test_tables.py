@@ -179,6 +179,41 @@ def test_which_runs_share_their_report():
     assert images(**inside) != images(**inside, select={"from": "train", "count": 9})
 
 
+def test_a_baseline_with_nothing_to_compare_has_no_picture(runs: list[RunResult], tmp_path: Path):
+    for run in runs:
+        for learner in ("pooled", "uniform"):
+            del run.right[learner]  # type: ignore[attr-defined]
+    stale = tmp_path / "pictures" / "comparisons_greedy.png"
+    stale.parent.mkdir()
+    stale.write_bytes(b"old")
+    write_tables(tmp_path, runs, settings())
+    assert not stale.exists()
+    assert len(pd.read_csv(tmp_path / "comparisons.csv")) == 0
+
+
+def test_the_caption_says_what_is_missing_and_what_flatters(runs: list[RunResult], tmp_path: Path):
+    def caption(of: list[RunResult], **changes) -> str:
+        write_tables(tmp_path, of, settings(**changes))
+        return (tmp_path / "comparisons.md").read_text()
+
+    whole = caption(runs)
+    assert "missing" not in whole
+    assert "flattering" not in whole
+    assert "resampled with its runs in all zoos" in whole
+    found = caption(runs[3:])
+    assert "21 runs over 3 splits and 2 zoos" in found
+    assert "3 of 24 runs are missing" in found
+    cross_fitted = [row("pooled", runs[0].right["pooled"], out_of_fold_own=True)]
+    own = RunResult(runs[0].labels, tuple(cross_fitted), runs[0].right, runs[0].images)
+    assert "“Out of fold” of pooled is on the folds by which" in caption([own, *runs[1:]])
+    axes = settings().model_dump()["axes"] | {
+        "zoo": {z: {"zoo.path": z} for z in ("bn", "ln", "x")}
+    }
+    found = caption(runs, axes=axes)
+    assert "zoos are resampled too, whole" in found
+    assert "Two zoos" not in found
+
+
 def test_a_comparison_of_nothing_has_no_row():
     assert [*compare([], settings())] == []
     assert "| zoo" in comparison_tables([], settings())

@@ -3,6 +3,9 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -91,3 +94,56 @@ def _interrupted(ended: list[int]) -> None:
 def _wait(seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()
+
+
+def test_a_worker_is_replaced_after_some_tasks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("soups.sweeps.workers.TASKS_EACH", 2)
+    with Workers(1, 1) as workers:
+        outcomes = list(workers.run(surroundings, [()] * 5))
+    assert [o.task for o in outcomes] == [0, 1, 2, 3, 4]
+    processes = [o.result[0] for o in outcomes]
+    assert processes[0] == processes[1] != processes[2] == processes[3] != processes[4]
+
+
+def test_a_worker_that_dies_before_it_reads_its_task_is_named():
+    with Workers(1, 1) as workers:
+        (first,) = workers.run(surroundings, [()])
+        os.kill(first.result[0], signal.SIGSTOP)
+        # What it has not read makes the end of its pipe a reset.
+        timer = threading.Timer(0.2, os.kill, (first.result[0], signal.SIGKILL))
+        timer.start()
+        second, third = workers.run(surroundings, [(), ()])
+        timer.join()
+    assert "was killed by SIGKILL" in (second.error or "")
+    assert third.error is None
+
+
+LEFT_ALONE = """
+from soups.sweeps.workers import Workers
+from tests.soups.sweeps.test_workers import _wait
+
+with Workers(2, 1) as workers:
+    for outcome in workers.run(_wait, [(0.0,), (0.0,), (60.0,), (60.0,)]):
+        print(outcome.result, flush=True)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", LEFT_ALONE], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = {int(parent.stdout.readline()), int(parent.stdout.readline())}
+    parent.kill()
+    # It ends when the last process that writes there has ended.
+    parent.communicate(timeout=20)
+    deadline = time.monotonic() + 20
+    while any(_is_running(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(_is_running(worker) for worker in workers)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
