@@ -19,7 +19,7 @@ from inputs.randomness import generator
 from merge.coefficients import Coefficients
 from soups.candidates import Candidates
 from soups.evaluate import Scores
-from soups.folds import split_folds
+from soups.folds import STREAM, split_folds
 from soups.leaderboard import CrossFitted, Predictions, Row, load_predictions, save_predictions
 from soups.learners.registry import LEARNERS, LearnerSettings
 from soups.meter import Meter
@@ -62,7 +62,7 @@ def cross_fit(
     Raises SoupError where *select* has fewer images than folds.
     """
     labels = session.select.labels
-    held_out = split_folds(labels, folds, generator(session.seed, KEY))
+    held_out = split_folds(labels, folds, generator(session.seed, STREAM))
     by_soup: dict[tuple[bytes, float], tuple[Coefficients, list[int]]] = {}
     name = f"{session.row} out of fold"
     for fold in tqdm(range(folds), desc=name, unit="fold", disable=not session.progress):

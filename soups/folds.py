@@ -11,6 +11,8 @@ from torch import Tensor
 from soups.errors import SoupError
 
 LEAST_FOLDS = 2
+# By which all rows of a run draw the same folds.
+STREAM = "out_of_fold"
 
 log = logging.getLogger(__name__)
 

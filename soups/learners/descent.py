@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from soups.errors import SoupError
+
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: float):
     """Linear warm-up over the first part of `steps`, then half a cosine down to zero."""
@@ -27,3 +29,13 @@ def soup_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy in nats, mean over the rows."""
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def finite(loss: float, row: str, where: str = "") -> float:
+    """The loss; SoupError where the descent of a row has left the numbers."""
+    if not math.isfinite(loss):
+        raise SoupError(
+            f"learners.{row}: the loss on *select* is {loss}{where}; lower learners.{row}.lr, or "
+            f"set learners.{row}.clip_norm"
+        )
+    return loss

@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from torch.nn import functional as F
 
 from soups.learners.plane import Plane
-from soups.learners.trials import logits_of
+from soups.learners.trials import Gain, logits_of
 from soups.norms import Groups
 from soups.session import Session
 from soups.statistics import fit_temperature
@@ -46,11 +46,14 @@ def droppable(
         _, moved = _without(plane, theta, covariance, found)
         soup = plane.soup(moved)
         soup[found] = 0
-        apart = _losses(session, groups, soup / soup.sum(axis=0)) - whole
-        change, error = float(apart.mean()), float(apart.std(ddof=1) / np.sqrt(len(apart)))
-        if change <= error:
+        rise = Gain.of(_losses(session, groups, soup / soup.sum(axis=0)) - whole)
+        if rise.mean <= rise.standard_error:
             names = [session.zoo.names[k] for k in found]
-            return {"ingredients": names, "loss_change": change, "standard_error": error}
+            return {
+                "ingredients": names,
+                "loss_change": rise.mean,
+                "standard_error": rise.standard_error,
+            }
         found.pop()
     return {"ingredients": [], "loss_change": 0.0, "standard_error": 0.0}
 

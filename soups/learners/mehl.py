@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -16,8 +15,7 @@ from tqdm.auto import tqdm
 from inputs.randomness import generator
 from merge.coefficients import Coefficients
 from soups.deltas import Mixture, fold_coefficients
-from soups.errors import SoupError
-from soups.learners.descent import soup_loss, warmup_cosine
+from soups.learners.descent import finite, soup_loss, warmup_cosine
 from soups.learners.progress import Findings, Progress, load_progress, save_progress
 from soups.learners.registry import MehlSettings
 from soups.norms import Groups
@@ -179,7 +177,7 @@ class _Block:
                 model.train(self.session.train_mode)
                 self._follow_norms(coefficients, first_step=step == 0)
                 loss = soup_loss(model(images), labels, self.settings.label_smoothing)
-                value = self._finite(loss.item())
+                value = finite(loss.item(), self.session.row, f" in block {self.number + 1}")
                 alpha.grad = self.mixture.gradient(loss) * self.scale
                 if self.settings.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_([alpha], self.settings.clip_norm)
@@ -189,16 +187,6 @@ class _Block:
             bar.update()
         model.eval()
         return alpha.detach() * self.scale
-
-    def _finite(self, loss: float) -> float:
-        """The loss; SoupError where the descent has left the numbers."""
-        if not math.isfinite(loss):
-            row = self.session.row
-            raise SoupError(
-                f"learners.{row}: the loss on *select* is {loss} in block {self.number + 1}; lower "
-                f"learners.{row}.lr, or set learners.{row}.clip_norm"
-            )
-        return loss
 
     def _follow_norms(self, coefficients: Tensor, *, first_step: bool) -> None:
         norms = self.session.norms

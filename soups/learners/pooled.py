@@ -21,10 +21,9 @@ from fleet.augment import flip_and_shift
 from inputs.files import write_whole
 from inputs.randomness import generator
 from merge.coefficients import Coefficients
-from soups.errors import SoupError
 from soups.evaluate import even_batch, predict
 from soups.learners.conclusion import conclude, warn_of_identical
-from soups.learners.descent import soup_loss
+from soups.learners.descent import finite, soup_loss
 from soups.learners.hyperplane import into_box
 from soups.learners.registry import Level, Pooled, Start
 from soups.learners.shape import Shape
@@ -251,7 +250,7 @@ class _Descents:
                 self._follow_norms(np.full_like(start, 1 / len(start)), first_step=step == 0)
             logits = self.session.model(images) * log_temperature.exp()
             loss = soup_loss(logits, labels, settings.label_smoothing)
-            value = self._finite(loss.item())
+            value = finite(loss.item(), self.session.row)
             optimizer.zero_grad()
             gradient = shape.gather(mixture.gradient(loss))
             numbers.grad = gradient + pull * numbers.detach()
@@ -333,16 +332,6 @@ class _Descents:
 
     def _follow_norms(self, soup: np.ndarray, *, first_step: bool) -> None:
         self.session.norms.follow(self.groups, soup, first_step=first_step)
-
-    def _finite(self, loss: float) -> float:
-        """The loss; SoupError where the descent has left the numbers."""
-        if not math.isfinite(loss):
-            row = self.session.row
-            raise SoupError(
-                f"learners.{row}: the loss on *select* is {loss}; lower learners.{row}.lr, or set "
-                f"learners.{row}.clip_norm"
-            )
-        return loss
 
 
 def _rate(step: int, steps: int) -> float:

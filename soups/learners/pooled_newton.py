@@ -50,8 +50,8 @@ def pooled_newton(session: Session, settings: PooledNewton) -> Coefficients:
     derivatives leave them out.
 
     The answer is the fit on all of *select*, with a 95% interval for each ingredient's weight from
-    the posterior covariance, and the ingredients that can be dropped without loss; it is greedy's
-    where the fit does not pass the gate (see `conclude`).
+    the posterior covariance, and the ingredients that it can do without; it is greedy's where the
+    fit does not pass the gate (see `conclude`).
     """
     groups = session.groups(settings)
     warn_of_identical(session)
@@ -62,7 +62,6 @@ def pooled_newton(session: Session, settings: PooledNewton) -> Coefficients:
     of_folds = np.stack([plane.soup(own.theta) for own in fits])
     logits = logits_of_folds(session, groups, folds, of_folds)
     trials.append(Trial(NAME, plane.shape.numbers, of_folds, logits, session.select.labels))
-    soup = plane.soup(fitted.theta)
     covariance = uncertainty(problem, fitted).posterior
     # The box makes the prior stronger, which makes no weight surer.
     free = replace(fitted, strengths=fit_by_evidence(problem, start=fitted).strengths)
@@ -71,13 +70,13 @@ def pooled_newton(session: Session, settings: PooledNewton) -> Coefficients:
         "rank": fitted.rank,
         "numbers": problem.numbers,
         "predicted_loss": fitted.loss,
-        "droppable": droppable(session, groups, plane, fitted.theta, covariance),
+        # Of this fit, also where another soup is taken.
+        "droppable": {"of": NAME} | droppable(session, groups, plane, fitted.theta, covariance),
     }
     of_weights = uncertainty(problem, free).posterior
     weights = plane.weights(session.zoo.names, fitted.theta, of_weights)
-    return conclude(
-        session, settings, groups, trials, starts | {NAME: soup[None]}, weights={NAME: weights}
-    )
+    finished = starts | {NAME: plane.soup(fitted.theta)[None]}
+    return conclude(session, settings, groups, trials, finished, weights={NAME: weights})
 
 
 def _steps(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float64
 from tqdm.auto import tqdm
 
 from merge.coefficients import Coefficients
@@ -46,8 +47,8 @@ def greedy_members(session: Session, settings: Greedy) -> list[int]:
         nonlocal evaluated
         evaluated += len(ahead)
         bar.set_postfix(at_once=len(ahead), refresh=False)
-        session.keep(_uniform_over(members, len(order)))
-        soups = np.stack([_uniform_over([*members, k], len(order)) for k in ahead])
+        session.keep(mean_of(members, len(order)))
+        soups = np.stack([mean_of([*members, k], len(order)) for k in ahead])
         return session.evaluate(soups, groups).accuracies.tolist()
 
     with bar:
@@ -117,7 +118,7 @@ def wise_ft(session: Session, settings: WiseFT) -> Coefficients:
     if settings.soup == "greedy":
         members = greedy_members(session, Greedy())
     groups = session.groups(settings)
-    soup = _uniform_over(members, count)
+    soup = mean_of(members, count)
     session.keep(soup)
     line = np.stack([alpha * soup for alpha in settings.alphas])
     accuracies = session.evaluate(line, groups).accuracies.tolist()
@@ -130,11 +131,12 @@ def wise_ft(session: Session, settings: WiseFT) -> Coefficients:
 def _mean_of(
     session: Session, members: Sequence[int], settings: BestSingle | Uniform | Greedy
 ) -> Coefficients:
-    matrix = _uniform_over(members, len(session.zoo.checkpoints))
+    matrix = mean_of(members, len(session.zoo.checkpoints))
     return session.coefficients(session.groups(settings), matrix, settings)
 
 
-def _uniform_over(members: Sequence[int], count: int) -> np.ndarray:
+def mean_of(members: Sequence[int], count: int) -> Float64[np.ndarray, "ingredients 1"]:
+    """The coefficients of the mean of these of `count` ingredients."""
     matrix = np.zeros((count, 1))
     matrix[list(members)] = 1 / len(members)
     return matrix

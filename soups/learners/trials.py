@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,16 +18,14 @@ from inputs.data import ImageSet
 from inputs.randomness import generator
 from soups.candidates import Candidates
 from soups.evaluate import Scores
-from soups.folds import fold_count, split_folds
+from soups.folds import STREAM, fold_count, split_folds
 from soups.learners.score_log import ScoreLog
+from soups.learners.selection import mean_of
 from soups.norms import Groups
 from soups.session import Session
 from soups.statistics import fit_temperature
 
 log = logging.getLogger(__name__)
-
-# The folds are those on which every row of a run is cross-fitted.
-KEY = "out_of_fold"
 
 Members = tuple[int, ...]
 # How much of each ingredient's weight is free in what needs no descent.
@@ -92,12 +90,12 @@ class Gain:
 
 
 class Folds:
-    """The folds of *select* that a learner tries itself on."""
+    """The folds of *select* that a learner tries itself on: those of all rows, if as many."""
 
     def __init__(self, session: Session, wanted: int) -> None:
         labels = session.select.labels
         count = fold_count(labels, wanted, where=f"learners.{session.row}.folds")
-        stream = generator(session.seed, KEY)
+        stream = generator(session.seed, STREAM)
         self.held_out = split_folds(labels, count, stream)
         everything = torch.arange(len(labels))
         self.learned_on = [everything[~torch.isin(everything, rows)] for rows in self.held_out]
@@ -167,13 +165,6 @@ def _greedy_walk(
 
 def _right(scores: Scores, images: ImageSet) -> Float64[np.ndarray, "candidates rows"]:
     return scores.right.double().numpy()
-
-
-def mean_of(members: Sequence[int], count: int) -> Float64[np.ndarray, "ingredients 1"]:
-    """The coefficients of the mean of these of `count` ingredients."""
-    matrix = np.zeros((count, 1))
-    matrix[list(members)] = 1 / len(members)
-    return matrix
 
 
 Starts = dict[str, Float64[np.ndarray, "views ingredients groups"]]
