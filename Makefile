@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: learn test check bench clean
+.PHONY: learn test check lint bench clean
 
 learn: $(VENV)/.installed
 	$(BIN)/python -m soups.learn configs/digits.yaml
@@ -10,11 +10,13 @@ learn: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed-dev
+check: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow"
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/soup_construction.py

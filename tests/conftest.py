@@ -1,8 +1,10 @@
 """What all tests share."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 def pytest_sessionstart() -> None:
@@ -15,3 +17,11 @@ def pytest_sessionstart() -> None:
 def cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's own cache out of the tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Give every test the number of threads that the first one had: bits may depend on it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
