@@ -24,6 +24,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/mix.py
 	$(BIN)/python benchmarks/grouped_forward.py
 	$(BIN)/python benchmarks/candidate_soups.py
+	$(BIN)/python benchmarks/joint_training.py
 	$(BIN)/python benchmarks/compressed_rows.py
 
 $(VENV)/.installed: pyproject.toml

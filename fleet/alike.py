@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 import torch
@@ -90,6 +90,12 @@ def check_tensors(
                 f"'{name}' is on {tensor.device}, '{first}' is on {device}; move all to one device"
             )
     return models
+
+
+def architecture(model: nn.Module) -> Hashable:
+    """Equal for models that differ in nothing but weights; dropout rates and modes count too."""
+    rates = tuple(drop_rate(module) for module in model.modules())
+    return type(model), tuple(_described(model)), rates
 
 
 def check_models(models: Sequence[nn.Module]) -> None:

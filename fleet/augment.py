@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fleet.recipes import Recipe
 
 Images = Float[Tensor, "rows channels height width"]
+Pixels = Shaped[Tensor, "rows channels height width"]
 
 
 def augment(images: Images, recipe: Recipe, generator: torch.Generator) -> Images:
@@ -31,16 +32,36 @@ def flip_and_shift(images: Images, *, flip: bool, shift: int, generator: torch.G
     The moves are uniform on {−shift, …, shift}² and the border is filled by reflection (without
     repeating the edge), so `shift` must be smaller than both sides. One gather does it all.
     """
-    rows, channels, height, width = images.shape
-    down = torch.arange(height).expand(rows, -1)
-    across = torch.arange(width).expand(rows, -1)
+    rows = len(images)
+    moves = torch.zeros(2, rows, dtype=torch.int64)
+    mirrored = torch.zeros(rows, dtype=torch.bool)
     if shift:
-        moves = torch.randint(-shift, shift + 1, (2, rows, 1), generator=generator)
-        down = _reflect(down + moves[0], height)
-        across = _reflect(across + moves[1], width)
+        moves = draw_moves(rows, shift, generator)
     if flip:
-        mirrored = torch.rand(rows, 1, generator=generator) < 0.5
-        across = torch.where(mirrored, width - 1 - across, across)
+        mirrored = draw_mirrored(rows, generator)
+    return move(images, moves, mirrored)
+
+
+def draw_moves(rows: int, shift: int, generator: torch.Generator) -> Int[Tensor, "2 rows"]:
+    """Pixels to look down and across for each image, uniform on {−shift, …, shift}²."""
+    return torch.randint(-shift, shift + 1, (2, rows, 1), generator=generator).squeeze(2)
+
+
+def draw_mirrored(rows: int, generator: torch.Generator) -> Bool[Tensor, " rows"]:
+    """Which images are mirrored: each with probability ½."""
+    return (torch.rand(rows, 1, generator=generator) < 0.5).squeeze(1)
+
+
+def move(images: Pixels, moves: Int[Tensor, "2 rows"], mirrored: Bool[Tensor, " rows"]) -> Pixels:
+    """Each image mirrored where asked, and seen through a window moved (down, across).
+
+    Outside of the image are its reflections (without the edge again), so that moves must be
+    smaller than both sides.
+    """
+    channels, height, width = images.shape[1:]
+    down = _reflect(torch.arange(height, device=images.device) + moves[0][:, None], height)
+    across = _reflect(torch.arange(width, device=images.device) + moves[1][:, None], width)
+    across = torch.where(mirrored[:, None], width - 1 - across, across)
     pixels = (down[:, :, None] * width + across[:, None, :]).flatten(1)
     moved = images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1))
     return moved.view(images.shape)
@@ -50,14 +71,19 @@ def mixup(
     images: Images, alpha: float, generator: torch.Generator
 ) -> tuple[Images, Int[Tensor, " rows"], float]:
     """λ·images + (1 − λ)·images[partners] with λ ~ Beta(α, α), its partners and λ (1710.09412)."""
-    from scipy.special import betaincinv
-
-    # torch draws Beta only from its global generator; the inverse of the distribution function
-    # turns a uniform number from ours into one.
-    uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
-    weight = float(betaincinv(alpha, alpha, uniform))
+    uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+    weight = beta(torch.tensor([alpha], dtype=torch.float64), uniform).item()
     partners = torch.randperm(len(images), generator=generator)
     return torch.lerp(images[partners], images, weight), partners, weight
+
+
+def beta(
+    alpha: Float[Tensor, " models"], uniform: Float[Tensor, " models"]
+) -> Float[Tensor, " models"]:
+    """Beta(α, α) from numbers that are uniform on [0, 1): the inverse of its distribution."""
+    from scipy.special import betaincinv
+
+    return torch.from_numpy(betaincinv(alpha.numpy(), alpha.numpy(), uniform.numpy()))
 
 
 def _reflect(index: Int[Tensor, "rows pixels"], size: int) -> Int[Tensor, "rows pixels"]:

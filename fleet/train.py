@@ -1,306 +1,477 @@
-"""Train models on *fit*, each by its own recipe, each as if it were alone."""
+"""Train many models at once, each by its own recipe, each as if it were alone."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fleet.augment import augment, mixup
+from fleet.alike import architecture, named_tensors
 from fleet.errors import FleetError
+from fleet.recipes import Recipe
+from fleet.training.feed import Batch
+from fleet.training.halving import Halving, Rungs
+from fleet.training.interrupts import Interrupts
+from fleet.training.jobs import Job, Make, checked_jobs, classes_of
+from fleet.training.kind import Kind, classifier_head, prepare, surely_bad
+from fleet.training.plan import Manner, kept_bytes
+from fleet.training.snapshot import Saving, Snapshot
+from fleet.training.trainee import Point, State, Trainee, TrainingData, TrainResult
+from fleet.training.workers import Workers
+from inputs.budget import format_bytes
+from inputs.data import ImageSet
 from inputs.randomness import generator
-
-if TYPE_CHECKING:
-    from fleet.recipes import Recipe
-    from inputs.data import ImageSet
 
 logger = logging.getLogger(__name__)
 
+__all__ = [
+    "Checkpoint",
+    "JointTrainer",
+    "Point",
+    "TrainResult",
+    "TrainingData",
+    "Watch",
+    "classifier_head",
+    "evaluate",
+    "train",
+]
+
 EVAL_BATCH_SIZE = 512
-
-
-@runtime_checkable
-class TrainingData(Protocol):
-    """What a model is trained on, and what its own stopping may look at."""
-
-    @property
-    def fit(self) -> ImageSet: ...
-
-    @property
-    def tune(self) -> ImageSet: ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """One model's weights: how long they were trained, and how they do on *tune*.
-
-    `epochs` is the epoch that the weights are from (`keep: best` may go back to an earlier one),
-    without head epochs; `seconds` is the time since its training began, `index` its place in
-    `models`.
-    """
-
-    index: int
-    epochs: int
-    tune_accuracy: float
-    tune_loss: float
-    seconds: float
-
+FROM_SCRATCH = "remove the file, or give another one, to train from the beginning"
 
 Checkpoint = Callable[[nn.Module, TrainResult, bool], None]
 
 
+@runtime_checkable
+class Watch(Protocol):
+    """Shows how training goes; nothing depends on it."""
+
+    def begin(self, names: Sequence[str], steps: int, done: int) -> None:
+        """`steps` of all models together, `done` of them before a restart."""
+
+    def advance(self, steps: int) -> None:
+        """So many steps more, of all models together; those that a model leaves out count too."""
+
+    def point(self, point: Point) -> None:
+        """A model's curve goes on."""
+
+    def end(self) -> None:
+        """Training is over, or interrupted."""
+
+
+class JointTrainer:
+    """Trains `models[i]()` by `recipes[i]` on `data[i].fit`, or on one `data`, all at once.
+
+    Models of one architecture are stacked and computed as a group; those of several take turns
+    within a step. Each has its own recipe, epochs, seed and data, and ends where it would have
+    ended alone: nothing about it depends on which others are there, or on the order. Alone, or in
+    float32, it is the same up to rounding; among others it has the same bits.
+
+    `at_once` models are alive at a time (1: one after another), and as many as fit
+    `memory_budget`, in bytes; those that are done make room. `plan` says how many and what peak
+    that predicts, once `run` has built the first ones. With `halving` models that are behind leave
+    early (ASHA, 1810.05934). A model whose loss is not finite leaves alone: see TrainResult.
+
+    `checkpoint(model, result, final)` is called when a model is done, and after every
+    `checkpoints_every` epochs before that; it must not change the model, which is in eval mode.
+
+    With `snapshot`, a file, all of it is saved every `snapshot_minutes`, every `snapshot_steps`
+    steps of the models, and on Ctrl-C; a trainer that finds the file goes on from it, to the same
+    bits, and removes it at the end.
+
+    Raises FleetError for recipes that do not fit the models or the images, naming every problem.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Make],
+        recipes: Sequence[Recipe],
+        data: TrainingData | Sequence[TrainingData],
+        checkpoint: Checkpoint | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+        at_once: int | None = None,
+        memory_budget: int | None = None,
+        halving: Halving | None = None,
+        checkpoints_every: int | None = None,
+        snapshot: Path | None = None,
+        snapshot_minutes: float = 10.0,
+        snapshot_steps: int | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        given = {
+            "at_once": at_once,
+            "checkpoints_every": checkpoints_every,
+            "snapshot_steps": snapshot_steps,
+            "snapshot_minutes": snapshot_minutes,
+        }
+        for option, value in given.items():
+            if value is not None and not value > 0:
+                raise FleetError(f"{option} is {value}; give a number above 0, or leave it out")
+        names = [f"model {i}" for i in range(len(models))] if names is None else names
+        sets = [data] * len(models) if isinstance(data, TrainingData) else list(data)
+        self._jobs = checked_jobs(models, recipes, sets, names)
+        self._checkpoint, self._every = checkpoint, checkpoints_every
+        self._device = torch.device(device)
+        self._budget = memory_budget
+        limits = [limit for limit in (at_once, halving and halving.at_once) if limit]
+        self._at_once = min(limits, default=len(models))
+        self._rungs = None if halving is None else Rungs(halving)
+        self._saving = Saving(snapshot, snapshot_minutes, snapshot_steps)
+        self._watch = watch
+        self._workers = Workers(self._device, len(self._jobs))
+        self._kinds: dict[Hashable, Kind] = {}
+        self._kept: dict[int, int] = {}
+        self._next: tuple[Trainee, Kind] | None = None
+        self._waiting = list(self._jobs)
+        self._results: dict[int, TrainResult] = {}
+        self.curves: list[Point] = []
+
+    @property
+    def plan(self) -> str:
+        """How models of each kind train, with the predicted peak in memory beside the images."""
+        return describe(
+            [kind.manner for kind in self._kinds.values()],
+            len(self._kept),
+            len(self._waiting),
+            self._predicted_bytes(),
+        )
+
+    def run(self) -> list[TrainResult]:
+        """Train, or go on; a result for each model, in order."""
+        saved = self._saving.load()
+        total = sum(job.steps for job in self._jobs)
+        if self._watch is not None:
+            names = [job.name for job in self._jobs]
+            self._watch.begin(names, total, 0 if saved is None else self._steps_in(saved))
+        try:
+            # Initialisation draws from torch's global generators: give them back as they were.
+            devices = [self._device] if self._device.type == "cuda" else []
+            with Interrupts() as interrupts, self._workers, torch.random.fork_rng(devices):
+                self._admit(saved)
+                while self._kinds_in_use():
+                    self._round()
+                    self._admit()
+                    if interrupts.asked or self._saving.is_due():
+                        self._save()
+                    if interrupts.asked:
+                        raise KeyboardInterrupt
+        finally:
+            if self._watch is not None:
+                self._watch.end()
+        self._saving.finish()
+        return [self._results[job.index] for job in self._jobs]
+
+    def _kinds_in_use(self) -> list[Kind]:
+        return [kind for kind in self._kinds.values() if kind.bucket.trainees]
+
+    # --- who trains ---
+
+    def _admit(self, saved: Snapshot | None = None) -> None:
+        """Build models while there is room for them, all that are in `saved` to begin with."""
+        entering: dict[int, tuple[Kind, list[Trainee]]] = {}
+        records = {} if saved is None else self._taken_up(saved)
+        while self._waiting:
+            job = self._waiting[0]
+            if not records and len(self._kept) >= self._at_once:
+                break
+            if self._next is None or self._next[0].index != job.index:
+                self._next = self._built(job, records.get(job.name), saved)
+            trainee, kind = self._next
+            kept = kept_bytes(job.recipe, trainee.state, kind.bucket.kernel.parts.trained)
+            alone = not self._kept
+            if not alone and self._predicted_bytes() + kept > (self._budget or math.inf):
+                break
+            self._next = None
+            self._kept[job.index] = kept
+            del self._waiting[0]
+            records.pop(job.name, None)
+            entering.setdefault(id(kind), (kind, []))[1].append(trainee)
+        for kind, trainees in entering.values():
+            self._enter(kind, trainees)
+
+    def _enter(self, kind: Kind, trainees: list[Trainee]) -> None:
+        kind.bucket.enter([(trainee, trainee.release()) for trainee in trainees])
+        for trainee in trainees:
+            trainee.begin(kind.bucket.kernel.parts.trained)
+
+    def _predicted_bytes(self) -> int:
+        peaks = [kind.manner.peak_bytes for kind in self._kinds.values()]
+        return sum(self._kept.values()) + max(peaks, default=0)
+
+    def _built(
+        self, job: Job, record: dict[str, Any] | None, saved: Snapshot | None
+    ) -> tuple[Trainee, Kind]:
+        torch.manual_seed(generator(job.recipe.seed, "init").initial_seed())
+        model = job.make().to(self._device)
+        classes = classes_of(model, job)
+        trainee = Trainee(
+            job.index, job.name, job.recipe, job.data, classes=classes, dtype=_dtype(model)
+        )
+        trainee.bind({name: tensor.detach() for name, tensor in named_tensors(model).items()})
+        if record is not None and saved is not None:
+            try:
+                trainee.restore(record, saved.tensors[job.name])
+            except FleetError as error:
+                raise FleetError(
+                    f"{self._saving.path}: {job.name} was another model there ({error}); "
+                    f"{FROM_SCRATCH}"
+                ) from error
+        kind = self._kind_of(trainee, model)
+        return trainee, kind
+
+    def _kind_of(self, trainee: Trainee, model: nn.Module) -> Kind:
+        """The kind that this model, in this phase of its training, is computed with."""
+        trained = prepare(model, trainee)
+        shape, classes = trainee.feed.shape, trainee.classes
+        sam = trainee.recipe.sam_rho is not None
+        key = (architecture(model), tuple(trained), shape, classes, sam)
+        if key not in self._kinds:
+            rows = max(job.rows for job in self._jobs)
+            pixels = torch.zeros((1, rows, *shape), dtype=trainee.dtype, device=self._device)
+            self._kinds[key] = Kind.of(
+                model,
+                trained,
+                Batch(pixels, pixels.new_zeros(1, rows, classes)),
+                self._jobs,
+                at_once=self._at_once,
+                threads=self._workers.count,
+                budget=self._budget,
+            )
+        return self._kinds[key]
+
+    # --- one step of everyone ---
+
+    def _round(self) -> None:
+        for kind in self._kinds_in_use():
+            trainees = kind.advance(self._workers)
+            if self._watch is not None:
+                self._watch.advance(len(trainees))
+            ended = [trainee for trainee in trainees if not self._goes_on(kind, trainee)]
+            if not ended:
+                continue
+            moving = [trainee for trainee in ended if trainee.index not in self._results]
+            kind.bucket.leave(ended, keep=moving)
+            for trainee in moving:
+                trainee.next_phase()
+                self._enter(self._kind_of(trainee, kind.model), [trainee])
+
+    # --- what follows a step ---
+
+    def _goes_on(self, kind: Kind, trainee: Trainee) -> bool:
+        """Whether it stays in its bucket after a step; notes points, scores and results."""
+        if not trainee.at_point and not surely_bad(trainee.losses[-1]):
+            return True
+        bad = trainee.first_bad_step()
+        if bad is not None:
+            reason = (
+                f"the loss is not finite at step {bad} with lr {trainee.recipe.lr:g}; lower lr, "
+                "lengthen warmup or set clip_norm"
+            )
+            return self._end(trainee, None, "failed", reason)
+        if not trainee.ends_epoch or trainee.phase == "head":
+            self._point(trainee, None, "training")
+            return trainee.step < trainee.feed.steps
+        return self._epoch_ended(kind, trainee)
+
+    def _epoch_ended(self, kind: Kind, trainee: Trainee) -> bool:
+        recipe, epoch = trainee.recipe, trainee.epoch
+        last = trainee.step == trainee.feed.steps
+        due = self._every is not None and epoch % self._every == 0 and not last
+        looks = recipe.keep == "best" or recipe.patience is not None or self._rungs is not None
+        if not (last or due or looks):
+            self._point(trainee, None, "training")
+            return True
+        state = trainee.judged()
+        result = self._score(kind, trainee, state)
+        if not math.isfinite(result.tune_loss):
+            reason = (
+                f"the loss on tune is not finite after epoch {epoch} with lr {recipe.lr:g}; lower "
+                "lr or set clip_norm"
+            )
+            return self._end(trainee, result, "failed", reason)
+        if recipe.keep == "best" and (trainee.best is None or _better(result, trainee.best[0])):
+            trainee.best = result, {name: tensor.clone() for name, tensor in state.items()}
+        if due:
+            self._give(kind, state, result, final=False)
+        accuracy = result.tune_accuracy
+        behind = self._rungs is not None and not self._rungs.stays(trainee.name, epoch, accuracy)
+        if self._rungs is not None and behind and not last:
+            reason = (
+                f"{accuracy:.4f} on tune after epoch {epoch} is not among the best "
+                f"1/{self._rungs.halving.factor} of those that came so far"
+            )
+            return self._end(trainee, result, "stopped", reason)
+        if trainee.patience.stays(accuracy) and not last:
+            self._point(trainee, result, "training")
+            return True
+        kept, state = trainee.best if trainee.best is not None else (result, state)
+        final = replace(kept, seconds=trainee.seconds)
+        self._give(kind, state, final, final=True)
+        return self._end(trainee, final, "done", "", score=result)
+
+    def _score(self, kind: Kind, trainee: Trainee, state: Mapping[str, Tensor]) -> TrainResult:
+        model = _holding(kind.model, state)
+        with self._workers.all_threads():
+            accuracy, loss = evaluate(model, trainee.data.tune, device=self._device)
+        return TrainResult(trainee.index, trainee.epoch, accuracy, loss, trainee.seconds)
+
+    def _give(
+        self, kind: Kind, state: Mapping[str, Tensor], result: TrainResult, *, final: bool
+    ) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint(_holding(kind.model, state), result, final)
+
+    def _end(
+        self,
+        trainee: Trainee,
+        result: TrainResult | None,
+        state: State,
+        reason: str,
+        score: TrainResult | None = None,
+    ) -> bool:
+        """It leaves, with this result; False, since it does not go on."""
+        left = _steps_left(trainee)
+        self._point(trainee, score or result, state)
+        if result is None:
+            nan = math.nan
+            result = TrainResult(trainee.index, trainee.epoch, nan, nan, trainee.seconds)
+        self._results[trainee.index] = replace(result, state=state, reason=reason)
+        del self._kept[trainee.index]
+        if reason:
+            level = logging.WARNING if state == "failed" else logging.INFO
+            logger.log(level, "%s %s: %s", trainee.name, state, reason)
+        if self._watch is not None and left:
+            self._watch.advance(left)
+        return False
+
+    def _point(self, trainee: Trainee, score: TrainResult | None, state: State) -> None:
+        scores = None if score is None else (score.tune_accuracy, score.tune_loss)
+        point = trainee.point(scores, state)
+        self.curves.append(point)
+        if self._watch is not None:
+            self._watch.point(point)
+
+    # --- saved and taken up again ---
+
+    def _save(self) -> None:
+        trainees = [t for kind in self._kinds_in_use() for t in kind.bucket.trainees]
+        names = {job.index: job.name for job in self._jobs}
+        record = {
+            "training": {trainee.name: trainee.record() for trainee in trainees},
+            "results": {names[index]: asdict(result) for index, result in self._results.items()},
+            "rungs": None if self._rungs is None else self._rungs.state(),
+            "curves": [asdict(point) for point in self.curves],
+        }
+        self._saving.save(record, {trainee.name: trainee.tensors() for trainee in trainees})
+
+    def _taken_up(self, saved: Snapshot) -> dict[str, dict[str, Any]]:
+        """The records of the models that were training; results and scores are taken over."""
+        record, asked = saved.record, {job.name: job for job in self._jobs}
+        for name, own in record["training"].items():
+            recipe = asked[name].recipe.model_dump(mode="json") if name in asked else None
+            if recipe is not None and own["recipe"] != recipe:
+                changed = [f for f, value in recipe.items() if own["recipe"].get(f) != value]
+                raise FleetError(
+                    f"{self._saving.path}: {name} was trained with another recipe there "
+                    f"({', '.join(changed)}); {FROM_SCRATCH}"
+                )
+        for name, result in record["results"].items():
+            if name in asked:
+                index = asked[name].index
+                self._results[index] = TrainResult(**{**result, "index": index})
+        if self._rungs is not None and record["rungs"] is not None:
+            self._rungs.load(record["rungs"])
+        self.curves = [Point(**point) for point in record["curves"]]
+        found = {name: own for name, own in record["training"].items() if name in asked}
+        left = [job for job in self._waiting if job.index not in self._results]
+        self._waiting = sorted(left, key=lambda job: job.name not in found)
+        return found
+
+    def _steps_in(self, saved: Snapshot) -> int:
+        """Steps of the models that were done before."""
+        record = saved.record
+        done = 0
+        for job in self._jobs:
+            own = record["training"].get(job.name)
+            if job.name in record["results"]:
+                done += job.steps
+            elif own is not None:
+                head = job.recipe.head_epochs * job.steps_per_epoch if own["phase"] == "fit" else 0
+                done += head + own["step"]
+        return done
+
+
 def train(
-    models: Sequence[Callable[[], nn.Module]],
+    models: Sequence[Make],
     recipes: Sequence[Recipe],
-    data: TrainingData,
+    data: TrainingData | Sequence[TrainingData],
     checkpoint: Checkpoint | None = None,
     *,
     device: torch.device | str = "cpu",
     names: Sequence[str] | None = None,
+    at_once: int | None = None,
     checkpoints_every: int | None = None,
     progress: bool = True,
 ) -> list[TrainResult]:
-    """Train `models[i]()` by `recipes[i]` on `data.fit`; a result for each, in order.
-
-    Each model is made when its turn comes and let go after it, so one is alive at a time.
-    `checkpoint(model, result, final)` is called when a model is done, and after every
-    `checkpoints_every` epochs before that; it must not change the model.
-
-    All randomness of a model, its construction included, comes from its recipe's seed: the same
-    recipe gives the same bits whatever else is trained, in whatever order. Incomplete batches are
-    left out, so that all batches of a model are alike.
-
-    Raises FleetError for a recipe that does not fit the images, naming every problem, and for a
-    loss that is not finite, naming model and step.
-    """
+    """JointTrainer with a bar and no snapshot; FleetError that names every model that failed."""
     names = [f"model {i}" for i in range(len(models))] if names is None else names
-    if not len(models) == len(recipes) == len(names):
-        raise FleetError(
-            f"{len(models)} models, {len(recipes)} recipes, {len(names)} names: "
-            "give one recipe and one name for each model"
-        )
-    problems = [
-        f"{name}: {problem}"
-        for name, recipe in zip(names, recipes, strict=True)
-        for problem in _problems(recipe, data)
-    ]
-    if problems:
-        raise FleetError("; ".join(problems))
-    device = torch.device(device)
-    steps = sum((r.head_epochs + r.epochs) * (len(data.fit) // r.batch_size) for r in recipes)
-    results = []
-    with tqdm(total=steps, disable=not progress, unit="step", mininterval=0.5) as bar:
-        for index, (make, recipe, name) in enumerate(zip(models, recipes, names, strict=True)):
-            bar.set_description(name)
-            run = _Run(index, name, recipe, data, device, bar)
-            # Dropout and initialisation draw from torch's global generators: give them back as
-            # they were, and start them from this recipe's own seed.
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                results.append(run(make, checkpoint, checkpoints_every))
+    trainer = JointTrainer(
+        models,
+        recipes,
+        data,
+        checkpoint,
+        names=names,
+        device=device,
+        at_once=at_once,
+        checkpoints_every=checkpoints_every,
+        watch=_Bar(disable=not progress),
+    )
+    results = trainer.run()
+    failed = [f"{names[r.index]}: {r.reason}" for r in results if r.state == "failed"]
+    if failed:
+        raise FleetError("; ".join(failed))
     return results
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The training of one model."""
+class _Bar:
+    """A bar over the steps of all models."""
 
-    index: int
-    name: str
-    recipe: Recipe
-    data: TrainingData
-    device: torch.device
-    bar: tqdm
+    def __init__(self, *, disable: bool) -> None:
+        self._disable = disable
+        self._bar: tqdm | None = None
 
-    def __call__(
-        self,
-        make: Callable[[], nn.Module],
-        checkpoint: Checkpoint | None,
-        checkpoints_every: int | None,
-    ) -> TrainResult:
-        recipe, began = self.recipe, time.perf_counter()
-        _seed_global(recipe.seed, "init")
-        model = make().to(self.device)
-        # Measured on ConvNeXt and ResNet, 2 cores: up to 1.3x faster, never slower.
-        if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-        def score(epoch: int) -> TrainResult:
-            accuracy, loss = evaluate(model, self.data.tune, device=self.device)
-            if not math.isfinite(loss):
-                raise FleetError(
-                    f"{self.name}: the loss on tune is not finite after epoch {epoch} with "
-                    f"lr {recipe.lr:g}; lower lr or set clip_norm"
-                )
-            return TrainResult(self.index, epoch, accuracy, loss, time.perf_counter() - began)
-
-        if recipe.head_epochs:
-            head = classifier_head(model)
-            others = [p for p in model.parameters() if p.requires_grad]
-            kept = {id(parameter) for parameter in head.parameters()}
-            others = [parameter for parameter in others if id(parameter) not in kept]
-            for parameter in others:
-                parameter.requires_grad_(False)
-            for _ in self._epochs(model, "head", recipe.head_epochs, trained=head):
-                pass
-            for parameter in others:
-                parameter.requires_grad_(True)
-
-        best: TrainResult | None = None
-        best_state: dict[str, Tensor] = {}
-        for epoch in self._epochs(model, "fit", recipe.epochs, trained=model):
-            due = checkpoints_every is not None and epoch % checkpoints_every == 0
-            if recipe.keep == "last" and not due:
-                continue
-            result = score(epoch)
-            if recipe.keep == "best" and (best is None or _rank(result) > _rank(best)):
-                best = result
-                best_state = {name: value.clone() for name, value in model.state_dict().items()}
-            if due and checkpoint is not None and epoch < recipe.epochs:
-                checkpoint(model, result, False)
-        if best is not None:
-            model.load_state_dict(best_state)
-            result = TrainResult(
-                self.index,
-                best.epochs,
-                best.tune_accuracy,
-                best.tune_loss,
-                time.perf_counter() - began,
-            )
-        else:
-            result = score(recipe.epochs)
-        if checkpoint is not None:
-            model.eval()
-            checkpoint(model, result, True)
-        return result
-
-    def _epochs(
-        self, model: nn.Module, phase: str, epochs: int, *, trained: nn.Module
-    ) -> Iterator[int]:
-        """Train and yield 1, 2, … after each epoch.
-
-        Modules outside `trained` stay in evaluation mode, so that frozen norms keep their buffers.
-        """
-        recipe, fit = self.recipe, self.data.fit
-        optimizer = make_optimizer(trained, recipe)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        per_epoch = len(fit) // recipe.batch_size
-        for epoch in range(epochs):
-            model.eval()
-            trained.train()
-            stream = f"{phase}/{epoch}"
-            _seed_global(recipe.seed, f"{stream}/dropout")
-            draws = generator(recipe.seed, f"{stream}/augment")
-            batches = fit.batches(
-                recipe.batch_size,
-                generator=generator(recipe.seed, f"{stream}/order"),
-                drop_last=True,
-            )
-            losses: list[Tensor] = []
-            for step, (images, labels) in enumerate(batches, start=epoch * per_epoch):
-                rate = recipe.lr * lr_factor(step, epochs * per_epoch, recipe)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.zero_grad()
-                loss = batch_loss(model, images, labels, recipe, draws, self.device)
-                loss.backward()
-                if recipe.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-                optimizer.step()
-                losses.append(loss.detach())
-                self.bar.update()
-            self._check(torch.stack(losses).cpu(), epoch * per_epoch)
-            yield epoch + 1
-
-    def _check(self, losses: Float[Tensor, " steps"], first_step: int) -> None:
-        # Looked at once an epoch: on a GPU every look waits for all work before it.
-        self.bar.set_postfix(loss=f"{losses.mean().item():.3f}", refresh=False)
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            step = first_step + int(bad[0]) + 1
-            raise FleetError(
-                f"{self.name}: the loss is not finite at step {step} with lr {self.recipe.lr:g}; "
-                "lower lr, lengthen warmup or set clip_norm"
-            )
-
-
-def batch_loss(
-    model: nn.Module,
-    images: Float[Tensor, "rows channels height width"],
-    labels: Int[Tensor, " rows"],
-    recipe: Recipe,
-    draws: torch.Generator,
-    device: torch.device,
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy of one augmented batch, smoothed and mixed up as `recipe` asks.
-
-    ε = label_smoothing spreads over all classes: target = (1 − ε)·one_hot + ε / classes. With
-    mixup, λ·loss(labels) + (1 − λ)·loss(partners' labels).
-    """
-    images = augment(images, recipe, draws)
-    smoothing = recipe.label_smoothing
-    if not recipe.mixup:
-        logits = model(images.to(device, non_blocking=True))
-        return F.cross_entropy(logits, labels.to(device), label_smoothing=smoothing)
-    images, partners, weight = mixup(images, recipe.mixup, draws)
-    logits = model(images.to(device, non_blocking=True))
-    first = F.cross_entropy(logits, labels.to(device), label_smoothing=smoothing)
-    second = F.cross_entropy(logits, labels[partners].to(device), label_smoothing=smoothing)
-    return weight * first + (1 - weight) * second
-
-
-def lr_factor(step: int, steps: int, recipe: Recipe) -> float:
-    """lr at step 0, 1, … of `steps`, as a multiple of the recipe's lr.
-
-    The first W = round(warmup · steps) steps rise: (step + 1) / W. After them `constant` stays at
-    1 and `cosine` falls: ½ (1 + cos(π (step − W) / (steps − W))).
-    """
-    warm = round(recipe.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    if recipe.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
-
-
-def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable parameters; vectors and biases do not decay."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    spared = {name for name, p in named if p.ndim <= 1 or name.rpartition(".")[2] == "bias"}
-    groups = [
-        {"params": [p for n, p in named if n not in spared], "weight_decay": recipe.weight_decay},
-        {"params": [p for n, p in named if n in spared], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "sgd":
-        momentum = recipe.momentum
-        return torch.optim.SGD(
-            groups, lr=recipe.lr, momentum=momentum, nesterov=momentum > 0, fused=True
+    def begin(self, names: Sequence[str], steps: int, done: int) -> None:
+        described = names[0] if len(names) == 1 else f"{len(names)} models"
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            desc=described,
+            disable=self._disable,
+            unit="step",
+            mininterval=0.5,
         )
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
+    def advance(self, steps: int) -> None:
+        if self._bar is not None:
+            self._bar.update(steps)
 
-def classifier_head(model: nn.Module) -> nn.Module:
-    """What timm's get_classifier() names, else the last linear layer; FleetError without one."""
-    named = getattr(model, "get_classifier", None)
-    head = named() if callable(named) else None
-    if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
-        return head
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise FleetError(
-            f"{type(model).__name__} has neither get_classifier() nor a linear layer, so its head "
-            "cannot be trained first; set head_epochs: 0"
-        )
-    return linear[-1]
+    def point(self, point: Point) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{point.loss:.3f}", refresh=False)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def evaluate(
@@ -308,34 +479,49 @@ def evaluate(
 ) -> tuple[float, float]:
     """Accuracy (a fraction) and mean cross-entropy in evaluation mode."""
     model.eval()
+    dtype = _dtype(model)
     hits = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with torch.inference_mode():
         for pixels, labels in images.batches(EVAL_BATCH_SIZE):
             labels = labels.to(device)
-            logits = model(pixels.to(device))
+            logits = model(pixels.to(device, dtype))
             hits += (logits.argmax(1) == labels).sum()
             loss += F.cross_entropy(logits, labels, reduction="sum")
     return hits.item() / len(images), loss.item() / len(images)
 
 
-def _rank(result: TrainResult) -> tuple[float, float]:
-    return result.tune_accuracy, -result.tune_loss
+def _holding(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """`model` in evaluation mode with these weights."""
+    with torch.no_grad():
+        for name, tensor in named_tensors(model).items():
+            tensor.copy_(state[name])
+    return model.eval()
 
 
-def _problems(recipe: Recipe, data: TrainingData) -> Iterable[str]:
-    if len(data.tune) == 0:
-        yield "the tune split is empty; give it images"
-    if len(data.fit) < recipe.batch_size:
-        yield (
-            f"the fit split has {len(data.fit)} images, one batch takes {recipe.batch_size}; "
-            "lower batch_size or enlarge fit"
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _steps_left(trainee: Trainee) -> int:
+    after = trainee.recipe.epochs * trainee.feed.steps_per_epoch if trainee.phase == "head" else 0
+    return trainee.feed.steps - trainee.step + after
+
+
+def _better(result: TrainResult, other: TrainResult) -> bool:
+    ours = result.tune_accuracy, -result.tune_loss
+    return ours > (other.tune_accuracy, -other.tune_loss)
+
+
+def describe(manners: Sequence[Manner], training: int, waiting: int, predicted: int) -> str:
+    """The plan in words."""
+    lines = [
+        f"{training} models train at once, {waiting} wait; predicted {format_bytes(predicted)}"
+    ]
+    for manner in manners:
+        extra = ", activations computed again" if manner.checkpointing else ""
+        extra += f", batches in {manner.micro_batches} parts" if manner.micro_batches > 1 else ""
+        lines.append(
+            f"  {manner.width} computed together, {format_bytes(manner.step_bytes)} each{extra}"
         )
-        return
-    side = min(data.fit.pixels(torch.zeros(1, dtype=torch.int64)).shape[-2:])
-    if recipe.shift >= side:
-        yield f"shift is {recipe.shift}, the images are {side} pixels wide; use less than that"
-
-
-def _seed_global(seed: int, name: str) -> None:
-    torch.manual_seed(generator(seed, name).initial_seed())
+    return "\n".join(lines)

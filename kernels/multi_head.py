@@ -1,4 +1,4 @@
-"""`F.multi_head_attention_forward` with a linear layer and an attention of choice."""
+"""`F.multi_head_attention_forward` with a linear layer, attention and dropout of choice."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Attended(NamedTuple):
 
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Dropout = Callable[[Tensor, float], Tensor]
 
 
 def multi_head_attention(
@@ -50,12 +51,15 @@ def multi_head_attention(
     static_v: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
+    *,
+    dropout: Dropout | None = None,
 ) -> Attended:
-    """Arguments and results of `F.multi_head_attention_forward`, without dropout.
+    """Arguments and results of `F.multi_head_attention_forward`.
 
-    Raises KernelError where widths do not fit, and for dropout in training.
+    Raises KernelError where widths do not fit, and for dropout in training without `dropout`.
     """
-    if training and dropout_p:
+    rate = dropout_p if training else 0.0
+    if rate and dropout is None:
         raise KernelError(f"multi-head attention without dropout, and it is {dropout_p}")
     if query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
         raise KernelError(
@@ -87,10 +91,12 @@ def multi_head_attention(
     causal = is_causal and key_padding_mask is None and not need_weights
     mask = None if causal else _merged(attn_mask, key_padding_mask, rows, k.shape[-2], q.dtype)
     if need_weights:
-        mixed, weights = _attend_with_weights(q, k, v, mask)
+        weights = _weights(q, k, mask)
+        weights = weights if dropout is None or not rate else dropout(weights, rate)
+        mixed = weights @ v
         weights = weights.mean(dim=1) if average_attn_weights else weights
     else:
-        mixed, weights = attention(q, k, v, mask, is_causal=causal), None
+        mixed, weights = attention(q, k, v, mask, rate, is_causal=causal), None
     output = linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     if without_rows:
         return Attended(output.squeeze(1), None if weights is None else weights.squeeze(0))
@@ -152,9 +158,6 @@ def _added(mask: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
     return F.pad(mask, (0, keys - mask.shape[-1]))
 
 
-def _attend_with_weights(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-    return weights @ value, weights
+    return torch.softmax(scores if mask is None else scores + mask, dim=-1)

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from fleet.recipes import Recipe
+from fleet.training.halving import Halving
 from inputs.config import ByteSize, DataConfig, ModelConfig, Settings, nearest
 from soups.learners.registry import BestSingle, Greedy, LearnerSettings, Pooled, Uniform
 from soups.reports.registry import ReportSettings
@@ -58,7 +59,12 @@ class FinetuneConfig(Settings):
     ingredient unless it is named. A random search draws each field of each ingredient by itself,
     so a larger zoo begins with the smaller one. A grid takes every combination of the lists, the
     last list fastest; `ingredients` cuts it short. `checkpoints_every` makes one more ingredient
-    after every so many epochs of each run.
+    after every so many epochs of each run. With `halving` bad recipes are stopped early and leave
+    no ingredient.
+
+    What follows changes no weights by more than rounding: all are trained `joint`, or one after
+    another; what is under way is saved every `save_every` minutes; `tensorboard` writes event
+    files.
     """
 
     base: Recipe = Recipe()
@@ -66,7 +72,11 @@ class FinetuneConfig(Settings):
     search: Literal["random", "grid"] = "random"
     recipe: dict[str, Any] = {}
     checkpoints_every: PositiveInt | None = None
+    halving: Halving | None = None
     seed: NonNegativeInt = 0
+    joint: bool = True
+    save_every: PositiveFloat = 10.0
+    tensorboard: bool = False
 
     @field_validator("recipe")
     @classmethod
@@ -103,9 +113,23 @@ class FinetuneConfig(Settings):
         return self
 
 
+def choices(field: str, value: Any) -> list[Any] | None:
+    """The choices that a list in a space stands for; None for what is one value or a Range.
+
+    Where the field itself is a list of names, so is a list of names: only lists of those are
+    choices.
+    """
+    if not isinstance(value, list):
+        return None
+    known = Recipe.model_fields.get(field)
+    if known is not None and isinstance(known.default, tuple):
+        return value if any(isinstance(choice, list | tuple) for choice in value) else None
+    return value
+
+
 def _combinations(recipe: Any) -> int:
-    lists = recipe.values() if isinstance(recipe, dict) else ()
-    return max(1, math.prod(len(value) for value in lists if isinstance(value, list)))
+    lists = [choices(*item) for item in recipe.items()] if isinstance(recipe, dict) else []
+    return max(1, math.prod(len(values) for values in lists if values is not None))
 
 
 def _checked_space(field: str, value: Any, problems: list[str]) -> Any:
@@ -115,8 +139,9 @@ def _checked_space(field: str, value: Any, problems: list[str]) -> Any:
         known = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(Recipe.model_fields)}"
         problems.append(f"`{field}` is not a field of a recipe; {known}")
         return value
-    choices = value if isinstance(value, list) else [value]
-    if not choices:
+    listed = choices(field, value)
+    possible = [value] if listed is None else listed
+    if not possible:
         problems.append(f"{field}: the list is empty; give it choices")
     if isinstance(value, dict):
         try:
@@ -126,11 +151,11 @@ def _checked_space(field: str, value: Any, problems: list[str]) -> Any:
             return value
     if isinstance(value, Range):
         default = Recipe.model_fields[field].default
-        if isinstance(default, bool | str):
+        if isinstance(default, bool | str | tuple):
             problems.append(f"{field}: a range is for numbers; list the choices")
             return value
-        choices = [value.low, value.high]
-    for choice in choices:
+        possible = [value.low, value.high]
+    for choice in possible:
         try:
             Recipe.model_validate({field: choice})
         except ValidationError as error:

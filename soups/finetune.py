@@ -39,7 +39,9 @@ def finetune(
 ) -> None:
     """Fine-tune one base model into a zoo of ingredients, as the config's `zoo.finetune` says.
 
-    The config is that of `soups.learn`. What is finished is kept; run it again to go on.
+    The config is that of `soups.learn`. All ingredients are trained together (`joint: false`: one
+    after another). What is finished is kept, and what is under way is saved now and then and on
+    Ctrl-C; run it again to go on.
     """
     with reported_errors(debug, MISTAKES):
         configure_logging(quiet=quiet, debug=debug)
@@ -55,13 +57,14 @@ def finetune(
 def run(config: LearnConfig, *, root: Path, fresh: bool, progress: bool) -> None:
     """Load the images, make the zoo, show its table."""
     from inputs.data import load_learning_data
-    from soups.zoo import describe, make_zoo
+    from soups.zoo import describe, left_out, make_zoo
 
     device = choose_device(config.device)
     data = load_learning_data(config.data, memory_budget=config.memory_budget)
     table = make_zoo(config, data, root=root, device=device, fresh=fresh, progress=progress)
-    typer.echo(describe(table))
-    typer.echo(f"{len(table)} ingredients in {config.zoo.path}")
+    typer.echo(describe(table, left_out(config.zoo.path)))
+    count = f"{len(table)} ingredient{'s' * (len(table) != 1)}"
+    typer.echo(f"{count} in {config.zoo.path}, with curves.png")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from soups.config import ZooConfig
 from soups.errors import SoupError
 
 SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".th"}
+# What a zoo that is made here says of itself, and what it keeps of a training that is under way.
+RECORD_FILE = "zoo.json"
+SNAPSHOT_FILE = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,12 @@ def _open_all(
 def holds_checkpoint(entry: Path) -> bool:
     """Whether this looks like a checkpoint: a file by its name, a folder by the files in it.
 
-    A folder with an index alone counts, so that shards that are missing are noticed.
+    A folder with an index alone counts, so that shards that are missing are noticed. What a zoo
+    keeps of a training that is under way is none.
     """
     if entry.name.startswith("."):
+        return False
+    if entry.name == SNAPSHOT_FILE and entry.with_name(RECORD_FILE).exists():
         return False
     if entry.is_dir():
         return any(

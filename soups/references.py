@@ -152,6 +152,7 @@ def _finetune_on_select(
         keep,
         device=session.device,
         names=[f"{name} lr={lr:g}" for lr in lrs],
+        at_once=1,  # memory_budget is planned for one model
         progress=session.progress,
     )
     session.examples_forward += len(lrs) * epochs * len(select)

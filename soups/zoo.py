@@ -1,13 +1,11 @@
-"""Make a zoo: one base, fine-tuned again and again by recipes from a space."""
+"""Make a zoo: one base, fine-tuned again and again by recipes from a space, all at once."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,24 +15,26 @@ import torch
 from torch import nn
 
 from fleet.recipes import Recipe
-from fleet.train import TrainResult, train
-from inputs.files import write_whole
+from fleet.train import Checkpoint, JointTrainer, TrainResult, Watch, prepare
+from fleet.training.trainee import Trainee
 from inputs.models import build_model, describe_model
-from inputs.randomness import generator
 from merge.checkpoints import CheckpointWriter, TensorInfo, open_checkpoint, scan
 from merge.statistics.gathering import load_weights as give_weights
-from soups.config import FinetuneConfig, LearnConfig, Range
+from soups.config import FinetuneConfig, LearnConfig
+from soups.curves import Curves
 from soups.errors import SoupError
-from soups.ingredients import holds_checkpoint
+from soups.event_files import EventFiles, require_tensorboard
+from soups.ingredients import SNAPSHOT_FILE
+from soups.recipe_search import names_of_run, partial_name, sample_recipes
+from soups.watch import AtFirst, Watches, new_view
+from soups.zoo_folder import BASE_FILE, EVENTS_FOLDER, NOT_OF_THE_WEIGHTS, ZooFolder
 
 if TYPE_CHECKING:
     from inputs.data import LearningData
 
 logger = logging.getLogger(__name__)
 
-BASE_FILE = "base.safetensors"
-TABLE_FILE = "zoo.csv"
-RECORD_FILE = "zoo.json"
+BASE = "base"
 
 
 def make_zoo(
@@ -48,14 +48,17 @@ def make_zoo(
 ) -> pd.DataFrame:
     """Make, or finish, the zoo in `config.zoo.path`; its table, one row per ingredient.
 
-    Without `zoo.base` a base is trained first, into `base.safetensors`. Ingredient i is written
-    to `{i:02d}.safetensors` (and `{i:02d}_e{epoch}.safetensors` with `checkpoints_every`), its
-    recipe, *tune* scores and seconds to `zoo.csv`; `zoo.json` knows that, the base's scores and
-    what the zoo was made from.
-    What is finished is kept. `fresh` removes the files that were made here, and no others.
+    Without `zoo.base` a base is trained first, into `base.safetensors`. All ingredients are trained
+    together, within the memory budget. Ingredient i is written to `{i:02d}.safetensors` (and
+    `{i:02d}_e{epoch}.safetensors` with `checkpoints_every`), its recipe, *tune* scores and seconds
+    to `zoo.csv`, all curves to `curves.parquet` and `curves.png`; `zoo.json` knows that, which
+    recipes failed or were stopped and why, the base's scores and what the zoo was made from.
+    What is finished is kept, and a training that was killed goes on from `training.safetensors`.
+    `fresh` removes the files that were made here, and no others.
     `root` is the folder that a user's model factory is looked for in.
 
-    Raises SoupError for a folder that holds a zoo made from something else, or other files.
+    Raises SoupError for a folder that holds a zoo made from something else, or other files, and
+    where every recipe failed.
     """
     finetune = config.zoo.finetune
     if finetune is None:
@@ -63,76 +66,66 @@ def make_zoo(
             f"{config.zoo.path}: nothing says how to make this zoo; add `zoo.finetune`, "
             "or name finished checkpoints in `zoo.ingredients`"
         )
-    folder = _Folder(config.zoo.path)
+    recipes = sample_recipes(finetune)
+    runs = [names_of_run(i, recipe, finetune) for i, recipe in enumerate(recipes)]
+    folder = ZooFolder(config.zoo.path)
+    needs_base = config.zoo.base is None and (fresh or not folder.has_base())
+    if finetune.tensorboard and (fresh or needs_base or folder.unfinished(runs)):
+        require_tensorboard()
     if fresh:
         folder.remove()
-    recipes = sample_recipes(finetune)
     record = _origin(config, finetune, data, root)
-    names = [names_of_run(i, recipe, finetune) for i, recipe in enumerate(recipes)]
     folder.refuse_other_origin(record)
-    folder.refuse_other_files({f"{name}.safetensors" for run in names for name in run})
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write(**record)
+    folder.refuse_other_files({f"{name}.safetensors" for run in runs for name in run})
 
     def build() -> nn.Module:
         return build_model(
             config.model, classes=len(data.classes), channels=config.data.channels, root=root
         )
 
-    if config.zoo.base is None and not folder.has_base():
-        _train_base(folder, build, finetune.base, data, device, progress)
-    unfinished = [i for i, run in enumerate(names) if not all(map(folder.has_row, run))]
-    logger.info(
-        "zoo %s: %d of %d ingredients to fine-tune", folder.path, len(unfinished), len(recipes)
+    named = {run[-1]: recipe for run, recipe in zip(runs, recipes, strict=True)}
+    _check_recipes(build, {BASE: finetune.base, **named} if needs_base else named, data)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write(**record, runs=max(len(runs), folder.record.get("runs", 0)))
+    training = _Training(
+        folder, finetune, data, torch.device(device), config.memory_budget, progress
     )
-    if unfinished:
+    if needs_base:
+        _train_base(training, build)
+    # Again for those whose files were removed while a snapshot knew them as finished.
+    while unfinished := folder.unfinished(runs):
+        logger.info(
+            "zoo %s: %d of %d ingredients to fine-tune", folder.path, len(unfinished), len(recipes)
+        )
         start = _loaded(build, config.zoo.base or str(folder.path / BASE_FILE))
-        order = [name for run in names for name in run]
-
-        def keep(model: nn.Module, result: TrainResult, final: bool) -> None:
-            run = unfinished[result.index]
-            name = names[run][-1] if final else _partial_name(run, result.epochs)
-            save_weights(model, folder.path / f"{name}.safetensors")
-            folder.add_row(_row(name, recipes[run], result), order)
-
-        train(
-            [lambda: copy.deepcopy(start)] * len(unfinished),
-            [recipes[i] for i in unfinished],
-            data,
-            keep,
-            device=device,
-            names=[names[i][-1] for i in unfinished],
-            checkpoints_every=finetune.checkpoints_every,
-            progress=progress,
+        _train_ingredients(training, start, recipes, runs, folder.begin(runs))
+    # That of a training that was killed after its last model was done.
+    folder.file(SNAPSHOT_FILE).unlink(missing_ok=True)
+    if not folder.rows:
+        reasons = "\n".join(f"{name}: {reason}" for name, reason in folder.left.items())
+        raise SoupError(
+            f"{folder.path}: there is no ingredient; change the recipes and make the zoo again "
+            f"with --fresh\n{reasons}"
         )
     return folder.table()
 
 
-def describe(table: pd.DataFrame) -> str:
-    """The zoo as a table to read: what differs between its recipes, and the scores on *tune*."""
+def describe(table: pd.DataFrame, left: Mapping[str, str] | None = None) -> str:
+    """The zoo as a table to read: what differs between its recipes, and the scores on *tune*.
+
+    Below it stand those that are `left` out, with the reason.
+    """
     scores = ["trained_epochs", "tune_accuracy", "tune_loss", "seconds"]
     fields = [field for field in Recipe.model_fields if field != "seed"]
     varied = [field for field in fields if len(set(table[field].astype(str))) > 1]
     shown = table.loc[:, ["name", *varied, *scores]]
-    return shown.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    text = shown.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    return "\n".join([text, *(f"{name} left out: {why}" for name, why in (left or {}).items())])
 
 
-def sample_recipes(finetune: FinetuneConfig) -> list[Recipe]:
-    """The ingredients' recipes; recipe i does not depend on how many there are."""
-    if finetune.search == "grid":
-        lists = {f: v if isinstance(v, list) else [v] for f, v in finetune.recipe.items()}
-        chosen = [
-            dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())
-        ]
-    else:
-        chosen = [
-            {field: _draw(finetune, i, field, space) for field, space in finetune.recipe.items()}
-            for i in range(finetune.ingredients)
-        ]
-    return [
-        Recipe.model_validate({"seed": _draw(finetune, i, "seed", Range(low=0, high=2**31)), **own})
-        for i, own in enumerate(chosen[: finetune.ingredients])
-    ]
+def left_out(path: Path) -> dict[str, str]:
+    """Why those of a zoo's recipes that gave no ingredient did not, by name."""
+    return ZooFolder(path).left
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -150,35 +143,108 @@ def load_weights(model: nn.Module, path_or_id: str) -> None:
         give_weights(model, checkpoint)
 
 
-def _draw(finetune: FinetuneConfig, ingredient: int, field: str, space: Any) -> Any:
-    """One field of one ingredient, from a stream of its own."""
-    if not isinstance(space, Range | list):
-        return space
-    draws = generator(finetune.seed, f"recipe/{ingredient}/{field}")
-    uniform = torch.rand((), generator=draws, dtype=torch.float64).item()
-    if isinstance(space, list):
-        return space[int(uniform * len(space))]
-    low, high = space.low, space.high
-    whole = Recipe.model_fields[field].annotation is int
-    if whole:
-        # Each whole number gets an interval of length 1.
-        low, high = low - 0.5, high + 0.5
-    if space.log:
-        drawn = math.exp(math.log(low) + uniform * (math.log(high) - math.log(low)))
-    else:
-        drawn = low + uniform * (high - low)
-    return min(max(round(drawn), int(space.low)), int(space.high)) if whole else drawn
+@dataclass(frozen=True)
+class _Training:
+    """How models are trained in a zoo's folder, whichever they are."""
+
+    folder: ZooFolder
+    finetune: FinetuneConfig
+    data: LearningData
+    device: torch.device
+    memory_budget: int
+    progress: bool
+
+    def run(
+        self,
+        models: Sequence[Callable[[], nn.Module]],
+        recipes: Mapping[str, Recipe],
+        keep: Checkpoint,
+        *,
+        ingredients: bool,
+    ) -> list[TrainResult]:
+        """Train the models, named and in order as `recipes` has them; write their curves.
+
+        What is under way is kept in a snapshot, which is removed when all are done. Halving and
+        `checkpoints_every` are for ingredients.
+        """
+        snapshot = self.folder.file(SNAPSHOT_FILE)
+        curves = Curves(self.folder.path, recipes, len(self.data.fit))
+        view = new_view(str(self.folder.path)) if self.progress else None
+        watches: list[Watch] = [] if view is None else [view]
+        if self.finetune.tensorboard:
+            watches.append(EventFiles(self.folder.file(EVENTS_FOLDER)))
+
+        def show_beginning() -> None:
+            if view is not None:
+                view.take_up(trainer.curves)
+            logger.info("%s", trainer.plan)
+
+        def keep_all(model: nn.Module, result: TrainResult, final: bool) -> None:
+            # First the curves: who is finished is not trained again.
+            curves.write(trainer.curves)
+            keep(model, result, final)
+
+        trainer = JointTrainer(
+            models,
+            [*recipes.values()],
+            self.data,
+            keep_all,
+            names=[*recipes],
+            device=self.device,
+            at_once=None if self.finetune.joint else 1,
+            memory_budget=self.memory_budget,
+            halving=self.finetune.halving if ingredients else None,
+            checkpoints_every=self.finetune.checkpoints_every if ingredients else None,
+            snapshot=snapshot,
+            snapshot_minutes=self.finetune.save_every,
+            watch=Watches([AtFirst(show_beginning), *watches]),
+        )
+        try:
+            results = trainer.run()
+        finally:
+            curves.finish(trainer.curves, draw=ingredients)
+        return results
 
 
-def _partial_name(run: int, epoch: int) -> str:
-    return f"{run:02d}_e{epoch}"
+def _train_base(training: _Training, build: Callable[[], nn.Module]) -> None:
+    folder = training.folder
+
+    def keep(model: nn.Module, result: TrainResult, final: bool) -> None:
+        save_weights(model, folder.file(BASE_FILE))
+        shown = ("epochs", "tune_accuracy", "tune_loss", "seconds")
+        folder.write(base={k: v for k, v in asdict(result).items() if k in shown})
+
+    recipes = {BASE: training.finetune.base}
+    (result,) = training.run([build], recipes, keep, ingredients=False)
+    if result.state != "done":
+        raise SoupError(f"{folder.path}: base: {result.reason}")
 
 
-def names_of_run(run: int, recipe: Recipe, finetune: FinetuneConfig) -> list[str]:
-    """The ingredients along one run, the final one last."""
-    every = finetune.checkpoints_every
-    epochs = range(every, recipe.epochs, every) if every else ()
-    return [*(_partial_name(run, epoch) for epoch in epochs), f"{run:02d}"]
+def _train_ingredients(
+    training: _Training,
+    start: nn.Module,
+    recipes: Sequence[Recipe],
+    runs: Sequence[Sequence[str]],
+    chosen: Sequence[int],
+) -> None:
+    folder = training.folder
+    order = [name for run in runs for name in run]
+    names = [runs[i][-1] for i in chosen]
+
+    def keep(model: nn.Module, result: TrainResult, final: bool) -> None:
+        run = chosen[result.index]
+        name = runs[run][-1] if final else partial_name(run, result.epochs)
+        save_weights(model, folder.file(f"{name}.safetensors"))
+        folder.add_row(_row(name, recipes[run], result), order)
+
+    results = training.run(
+        [lambda: copy.deepcopy(start)] * len(chosen),
+        {name: recipes[i] for name, i in zip(names, chosen, strict=True)},
+        keep,
+        ingredients=True,
+    )
+    pairs = zip(names, results, strict=True)
+    folder.end({name: result.reason for name, result in pairs if result.state != "done"})
 
 
 def _row(name: str, recipe: Recipe, result: TrainResult) -> dict[str, Any]:
@@ -193,19 +259,23 @@ def _row(name: str, recipe: Recipe, result: TrainResult) -> dict[str, Any]:
     }
 
 
-def _train_base(
-    folder: _Folder,
-    build: Callable[[], nn.Module],
-    recipe: Recipe,
-    data: LearningData,
-    device: torch.device | str,
-    progress: bool,
+def _check_recipes(
+    build: Callable[[], nn.Module], recipes: Mapping[str, Recipe], data: LearningData
 ) -> None:
-    def keep(model: nn.Module, result: TrainResult, final: bool) -> None:
-        save_weights(model, folder.path / BASE_FILE)
-        folder.write(base={k: v for k, v in asdict(result).items() if k != "index"})
+    """FleetError for recipes by which this model cannot be trained on these images.
 
-    train([build], [recipe], data, keep, device=device, names=["base"], progress=progress)
+    Before the base is trained: its hours would be lost.
+    """
+    JointTrainer([build] * len(recipes), [*recipes.values()], data, names=[*recipes])
+    with torch.random.fork_rng([]):
+        model = build()
+    for i, (name, recipe) in enumerate(recipes.items()):
+        trainee = Trainee(
+            i, name, recipe, data, classes=len(data.classes), dtype=torch.get_default_dtype()
+        )
+        prepare(model, trainee)
+        trainee.next_phase()
+        prepare(model, trainee)
 
 
 def _loaded(build: Callable[[], nn.Module], path_or_id: str) -> nn.Module:
@@ -238,108 +308,7 @@ def _origin(
             "tune": f"{len(data.tune)} images, {data.tune.digest()}",
         },
         "start": base,
-        "finetune": finetune.model_dump(mode="json", exclude={"ingredients"}),
+        "finetune": finetune.model_dump(mode="json", exclude=NOT_OF_THE_WEIGHTS),
         "data": settings,
     }
     return json.loads(json.dumps(origin))
-
-
-@dataclass
-class _Folder:
-    """The files of one zoo."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.record: dict[str, Any] = {}
-        if self._file(RECORD_FILE).exists():
-            try:
-                self.record = json.loads(self._file(RECORD_FILE).read_text())
-                self.rows = {row["name"]: row for row in self.record["ingredients"]}
-            except (ValueError, KeyError, TypeError) as error:
-                raise SoupError(
-                    f"{self.path}: {RECORD_FILE} is not the record of a zoo ({error!r}); put the "
-                    "folder aside, or give the zoo another (zoo.path=…)"
-                ) from error
-
-    def has_base(self) -> bool:
-        return "base" in self.record and self._file(BASE_FILE).is_file()
-
-    def has_row(self, name: str) -> bool:
-        return name in self.rows and self._file(f"{name}.safetensors").is_file()
-
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows.values())
-
-    def add_row(self, row: dict[str, Any], order: list[str]) -> None:
-        self.rows[row["name"]] = row
-        self.rows = {name: self.rows[name] for name in order if name in self.rows}
-        self.write()
-
-    def write(self, **changes: Any) -> None:
-        """Write the record, then the table, which only shows what the record knows."""
-        self.record = {**self.record, **changes, "ingredients": [*self.rows.values()]}
-        write_whole(self._file(RECORD_FILE), json.dumps(self.record, indent=2) + "\n")
-        write_whole(self._file(TABLE_FILE), self.table().to_csv(index=False))
-
-    def remove(self) -> None:
-        """Remove the files of a zoo that was made here; nothing where none was."""
-        if not self.record:
-            return
-        finetune = FinetuneConfig.model_validate(self.record["finetune"])
-        runs = {int(name.partition("_")[0]) for name in self.rows} | {0}
-        # The first unfinished run may have left a file without a row.
-        recipes = sample_recipes(finetune.model_copy(update={"ingredients": max(runs) + 2}))
-        own = {
-            f"{n}.safetensors" for i, r in enumerate(recipes) for n in names_of_run(i, r, finetune)
-        }
-        for name in [TABLE_FILE, BASE_FILE, *sorted(own), RECORD_FILE]:
-            self._file(name).unlink(missing_ok=True)
-        self.rows, self.record = {}, {}
-
-    def refuse_other_origin(self, origin: dict[str, Any]) -> None:
-        """SoupError if the zoo here was made from something else; shows what differs."""
-        if not self.record:
-            return
-        parts = [part for part in origin if part != "data"]
-        if all(self.record.get(part) == origin[part] for part in parts):
-            return
-        old, new = (dict(_flatten({k: r.get(k) for k in origin})) for r in (self.record, origin))
-        differences = [
-            f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}"
-            for key in {**old, **new}
-            if old.get(key, "not set") != new.get(key, "not set")
-        ]
-        raise SoupError(
-            f"{self.path}: this zoo was made with other settings ({'; '.join(differences)}); "
-            "give the new one its own folder (zoo.path=…), or make this one again with --fresh, "
-            f"which replaces its {len(self.rows)} ingredients"
-        )
-
-    def refuse_other_files(self, own: set[str]) -> None:
-        """SoupError if the folder holds checkpoints that this zoo does not make."""
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise SoupError(f"{self.path}: is a file; give the zoo a folder (zoo.path=…)")
-        found = {file.name for file in self.path.iterdir() if holds_checkpoint(file)}
-        others = sorted(found - own - {BASE_FILE}) if self.record else sorted(found)
-        if others:
-            fewer = all(Path(name).stem in self.rows for name in others)
-            ask = "raise zoo.finetune.ingredients again" if fewer else "remove `zoo.finetune`"
-            raise SoupError(
-                f"{self.path}: holds {', '.join(others)}, which this zoo would not make; give it "
-                f"its own folder (zoo.path=…), or {ask} to use what is there"
-            )
-
-    def _file(self, name: str) -> Path:
-        return self.path / name
-
-
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for part, inner in value.items():
-            yield from _flatten(inner, f"{key}.{part}" if key else part)
-    else:
-        yield key, value

@@ -38,9 +38,12 @@ TORCH_FREE = (
     "merge.result.output",
     "fleet.errors",
     "fleet.recipes",
+    "fleet.training.halving",
     "soups.checks",
     "soups.config",
+    "soups.curves_plot",
     "soups.errors",
+    "soups.event_files",
     "soups.finetune",
     "soups.leaderboard",
     "soups.learn",
@@ -60,6 +63,7 @@ TORCH_FREE = (
     "soups.sweeps.sweep",
     "soups.sweeps.tables",
     "soups.sweeps.workers",
+    "soups.watch",
 )
 
 

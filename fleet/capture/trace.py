@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fleet.capture.layout import observe
+
 aten = torch.ops.aten
 
 CONSTANTS = {
@@ -62,6 +64,7 @@ def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) 
     """
     try:
         module = _record(function, tensors)
+        _replace_writes(module, tensors)
         if any(map(_writes, module.graph.nodes)):
             module = _record(functionalize(module, remove="mutations"), tensors)
     except CaptureError:
@@ -93,6 +96,45 @@ def _record(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]
         results = function(*views)
     recorder.graph.output([recorder.node_of(result) for result in results])
     return fx.GraphModule(recorder.root, recorder.graph)
+
+
+def _replace_writes(module: fx.GraphModule, tensors: Sequence[Tensor]) -> None:
+    """Operations that write over a value become those that make a new one, where nothing else
+    looks at the memory after it: `x += y` and `relu_` on a result that is not needed any more.
+    """
+    graph = module.graph
+    if not any(map(_writes, graph.nodes)):
+        return
+    facts = observe(module, tensors)
+    place = {node: at for at, node in enumerate(graph.nodes)}
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node in facts.owners:
+        members.setdefault(facts.owner_of(node), []).append(node)
+    for node in list(graph.nodes):
+        twin = _twin(node) if _writes(node) else None
+        if twin is None:
+            continue
+        alike = (other for other in members[facts.owner_of(node)] if place[other] < place[node])
+        if all(place[user] <= place[node] for other in alike for user in other.users):
+            node.target = twin
+
+
+def _twin(node: fx.Node) -> Any:
+    """The operation that makes a new tensor of what this one writes over; None without one."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    namespace, _, name = target._schema.name.partition("::")
+    overload = target._schema.overload_name or "default"
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    twin = getattr(packet, overload, None) if name.endswith("_") else None
+    first = node.args[0] if node.args else None
+    if twin is None or not isinstance(first, fx.Node):
+        return None
+    # x += y keeps the shape and type of x; where x + y would not, it is another operation.
+    same = node.meta["value"] == first.meta["value"]
+    kinds = {n.meta["value"].dtype for n in node.all_input_nodes}
+    return twin if same and kinds == {first.meta["value"].dtype} else None
 
 
 class _Watch(TorchFunctionMode):

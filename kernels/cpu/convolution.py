@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import each, expanded, models_of, plus
-from .strategies import choose, packs
+from .layout import each, expanded, models_of, plus, unfolded
+from .strategies import alike, choose, packs
 
 Pair = tuple[int, int]
 
@@ -69,6 +69,7 @@ def _available(window: Window, packing: bool) -> tuple[str, ...]:
 
 def _shape(x: Tensor, weight: Tensor, window: Window) -> tuple[int, ...]:
     models, rows, channels, height, width = x.shape
+    models = alike(models)
     outs, kernel = weight.shape[1], weight.shape[-2:].numel()
     pixels = max(1, height // window.stride[0]) * max(1, width // window.stride[1])
     groups = window.groups
@@ -77,8 +78,12 @@ def _shape(x: Tensor, weight: Tensor, window: Window) -> tuple[int, ...]:
 
 def _one_weight(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """The models are images more."""
-    shared = bias[0] if bias is not None and len(bias) == 1 else None
-    y = F.conv2d(x.flatten(0, 1), weight[0], shared, *window).unflatten(0, x.shape[:2])
+    shared = bias.squeeze(0) if bias is not None and len(bias) == 1 else None
+    y = F.conv2d(x.flatten(0, 1), weight.squeeze(0), shared, *window)
+    if x.shape[2] == 1 and torch.is_grad_enabled():
+        # Pooling and norms are fastest so, but of one channel torch cannot tell what comes last.
+        y = y.contiguous(memory_format=torch.channels_last)
+    y = unfolded(y, 0, len(x))
     return y if shared is not None else plus(y, bias, 2)
 
 
@@ -88,7 +93,7 @@ def _side_by_side(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window
     weight = weight.unflatten(1, (groups, -1)).transpose(0, 1)
     if bias is not None:
         bias = expanded(bias, models).unflatten(1, (groups, -1)).transpose(0, 1).flatten()
-    y = F.conv2d(x[0], weight.flatten(0, 2), bias, *window)
+    y = F.conv2d(x.squeeze(0), weight.flatten(0, 2), bias, *window)
     return y.unflatten(1, (groups, models, -1)).movedim(2, 0).flatten(2, 3)
 
 
@@ -166,8 +171,10 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> T
 
 
 def _in_format(tensor: Tensor, channels_last: bool) -> Tensor:
-    memory = torch.channels_last if channels_last else torch.contiguous_format
-    return tensor.contiguous(memory_format=memory)
+    """With these strides, also where there is one channel."""
+    return tensor.to(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
 STRATEGIES: dict[str, Callable[[Tensor, Tensor, Tensor | None, Window], Tensor]] = {

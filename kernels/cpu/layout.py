@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,15 @@ def beside(operand: Tensor, dim: int, axis: int) -> Tensor:
 def plus(y: Tensor, bias: Tensor | None, axis: int) -> Tensor:
     """`y` with each model's bias added along `axis`."""
     return y if bias is None else y + beside(bias, y.dim(), axis)
+
+
+def unfolded(y: Tensor, axis: int, models: int) -> Tensor:
+    """A result whose `axis` holds models and something else, with the model axis in front.
+
+    Nothing else refers to its memory, so autograd need not know that it is a view: to write into
+    one costs several copies in the backward pass.
+    """
+    if models > 1 and axis > 0:
+        return y.unflatten(axis, (models, -1)).transpose(0, axis)
+    rows = (y.shape[0],) if axis else (y.shape[0] // models,)
+    return torch.ops.aten._unsafe_view(y, (models, *rows, *y.shape[1:]))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import each, expanded, plus
-from .strategies import choose, packs
+from .strategies import alike, choose, packs
 
 
 def grouped_linear(
@@ -21,7 +21,7 @@ def grouped_linear(
     rows = x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])
     models, count, ins = rows.shape
     available = ("batched", "columns") + ("packed",) * packs(x, weight, bias)
-    shape = (models, count, ins, weight.shape[1])
+    shape = (alike(models), count, ins, weight.shape[1])
     y = STRATEGIES[force or choose("linear", x, shape, available)](rows, weight, bias)
     return y if x.dim() == 3 else y.reshape(models, *x.shape[1:-1], weight.shape[1])
 
@@ -29,15 +29,16 @@ def grouped_linear(
 def _one_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The models are rows more."""
     if bias is not None and len(bias) == 1:
-        return F.linear(x, weight[0], bias[0])
-    return plus(F.linear(x, weight[0]), bias, -1)
+        return F.linear(x, weight.squeeze(0), bias.squeeze(0))
+    return plus(F.linear(x, weight.squeeze(0)), bias, -1)
 
 
 def _side_by_side(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One matrix product with the weights of all models beside each other."""
     models, outs, _ = weight.shape
     own = bias is not None and len(bias) == models
-    y = F.linear(x[0], weight.flatten(0, 1), bias.flatten() if bias is not None and own else None)
+    beside = bias.flatten() if bias is not None and own else None
+    y = F.linear(x.squeeze(0), weight.flatten(0, 1), beside)
     y = y.unflatten(-1, (models, outs)).movedim(-2, 0)
     return y if own else plus(y, bias, -1)
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import beside, expanded, models_of
+from .layout import beside, each, expanded, models_of, unfolded
 from .strategies import capturing
 
+WHOLE_VECTORS = 64
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -96,8 +97,20 @@ def _folded(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """One batch normalisation in which the models are channels more."""
+    """One batch normalisation in which the models are channels more.
+
+    In training one for each model where channels do not fill whole vectors: which of its channels
+    share one, and so their rounding, is not to depend on the other models.
+    """
     models = models_of(x, running_mean, weight, bias)
+    if training and models > 1 and x.shape[2] % WHOLE_VECTORS:
+        every = (each(t, models) for t in (x, running_mean, running_var, weight, bias))
+        return torch.stack(
+            [
+                F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+                for x, mean, variance, weight, bias in zip(*every, strict=True)
+            ]
+        )
     merged = _merged(expanded(x, models))
     mean, variance, weight, bias = (
         None if t is None else expanded(t, models).flatten()
@@ -107,7 +120,7 @@ def _folded(
     if training:
         _write_back(running_mean, mean)
         _write_back(running_var, variance)
-    return y.unflatten(1, (models, -1)).transpose(0, 1)
+    return unfolded(y, 1, models)
 
 
 def _write_back(running: Tensor | None, updated: Tensor | None) -> None:

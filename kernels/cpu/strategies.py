@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 logger = logging.getLogger(__name__)
 
+TRAINED_MODELS = 8
 FEATURES = {
     "linear": ("models", "rows", "in", "out"),
     "conv2d": ("models", "rows", "channels", "out", "groups", "pixels", "kernel"),
@@ -58,6 +59,12 @@ def _choose(op: str, shape: tuple[int, ...], available: tuple[str, ...], threads
 
     times = min(rows, key=distance).times
     return min((name for name in available if name in times), key=times.__getitem__)
+
+
+def alike(models: int) -> int:
+    """The number of models to choose by: any one while they are trained, where the bits of each are
+    not to depend on how many there are."""
+    return TRAINED_MODELS if torch.is_grad_enabled() else models
 
 
 def packs(*operands: Tensor | None) -> bool:

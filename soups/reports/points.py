@@ -14,7 +14,7 @@ from soups.ingredients import find_ingredients, ingredient_names
 from soups.norms import Groups
 from soups.reports.registry import LeaveOneOut, Line, Plane, ReportSettings, Shapley
 from soups.session import Session
-from soups.zoo import names_of_run, sample_recipes
+from soups.zoo_folder import names_to_come
 
 BASE = "base"
 
@@ -109,8 +109,6 @@ def _problems(
 
 def _every_name(config: LearnConfig) -> list[str]:
     """The names that the ingredients have, or will have once the zoo is made."""
-    finetune = config.zoo.finetune
-    if finetune is not None and config.zoo.ingredients is None:
-        recipes = enumerate(sample_recipes(finetune))
-        return [name for i, recipe in recipes for name in names_of_run(i, recipe, finetune)]
+    if config.zoo.finetune is not None and config.zoo.ingredients is None:
+        return names_to_come(config.zoo)
     return list(ingredient_names(find_ingredients(config.zoo)[0]))

@@ -161,14 +161,10 @@ def _is_made(zoo: ZooConfig) -> bool:
 def _check_subset(config: LearnConfig) -> None:
     """SoupError where the zoo has, or will have, fewer ingredients than the subset."""
     from soups.ingredients import draw_subset, find_ingredients
-    from soups.zoo import names_of_run, sample_recipes
+    from soups.zoo_folder import names_to_come
 
     zoo = config.zoo
-    if zoo.finetune is not None and _is_made(zoo):
-        recipes = enumerate(sample_recipes(zoo.finetune))
-        paths = [name for i, recipe in recipes for name in names_of_run(i, recipe, zoo.finetune)]
-    else:
-        paths, _ = find_ingredients(zoo)
+    paths = names_to_come(zoo) if _is_made(zoo) else find_ingredients(zoo)[0]
     if zoo.subset is not None:
         draw_subset(paths, zoo.subset, config.seed)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fleet.augment import augment, flip_and_shift, mixup
+from fleet.augment import augment, beta, flip_and_shift, mixup, move
 from fleet.recipes import Recipe
 
 
@@ -62,3 +62,22 @@ def test_mixup_weights_are_beta(alpha: float):
     images, generator = torch.zeros(1, 1, 1, 1), seeded()
     weights = [mixup(images, alpha, generator)[2] for _ in range(500)]
     assert stats.kstest(weights, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+def test_beta_is_the_inverse_of_its_distribution():
+    alphas = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+    uniform = torch.tensor([0.1, 0.25, 0.9], dtype=torch.float64)
+    drawn = beta(alphas, uniform)
+    for alpha, share, weight in zip(alphas, uniform, drawn, strict=True):
+        assert stats.beta(alpha, alpha).cdf(weight) == pytest.approx(float(share), rel=1e-9)
+    assert drawn[1] == uniform[1]
+    assert beta(alphas[:1], torch.zeros(1, dtype=torch.float64)).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_moves_pixels_of_any_type(dtype):
+    images = torch.arange(24).view(2, 1, 3, 4).to(dtype)
+    moved = move(images, torch.tensor([[1, 0], [-1, 2]]), torch.tensor([False, True]))
+    assert moved.dtype == dtype
+    assert moved[0, 0].tolist() == [[5, 4, 5, 6], [9, 8, 9, 10], [5, 4, 5, 6]]
+    assert moved[1, 0].tolist() == [[13, 12, 13, 14], [17, 16, 17, 18], [21, 20, 21, 22]]

@@ -39,6 +39,22 @@ def test_rows_in_any_order_with_repeats(parquet_folder, data_config, pixels):
         read = find_split(data_config(parquet_folder), "train").open(budget)
         assert torch.equal(read(torch.tensor([7, 3, 7])), _tensor(pixels[[7, 3, 7]]))
         assert read(torch.tensor([], dtype=torch.int64)).shape == (0, 3, 8, 8)
+        with pytest.raises(IndexError):
+            read(torch.tensor([3, 40]))
+
+
+@pytest.mark.parametrize("size", [8, 11])
+def test_images_in_memory_are_copied_by_row(data_config, size):
+    read = find_split(data_config("digits", size=size), "all").open(BUDGET)
+    every = read(torch.arange(1797))
+    rows = torch.tensor([5, 0, 5, 1796])
+    found = read(rows)
+    assert torch.equal(found, every[rows])
+    assert found.is_contiguous()
+    found.zero_()
+    assert torch.equal(read(rows), every[rows])
+    with pytest.raises(IndexError):
+        read(torch.tensor([1797]))
 
 
 def test_the_cache_is_read_again_and_follows_its_source(parquet_folder, data_config, caplog):

@@ -1,5 +1,6 @@
 import _thread
 import os
+import pty
 import resource
 import subprocess
 import sys
@@ -11,7 +12,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from inputs.config import load_config
+from soups.config import LearnConfig
+from soups.curves import read_curves
 from soups.finetune import app
+from soups.ingredients import find_ingredients
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +82,14 @@ def test_makes_the_zoo_and_shows_its_table(tmp_path: Path):
     [
         ("zoo.finetune.recipe.lrr=1", "did you mean `lr`"),
         ("zoo.finetune.recipe.lr=-1", "greater than 0"),
-        ("zoo.finetune.base.batch_size=1000", "base: the fit split has 200 images"),
+        ("zoo.finetune.base.batch_size=1000", "the fit split has 200 images"),
+        ("zoo.finetune.recipe.batch_size=1000", "00 (number 1): the fit split has 200 images"),
+        ("zoo.finetune.recipe.frozen=[nothing]", "frozen: 'nothing' matches no parameter"),
+        ("zoo.finetune.recipe.frozen=['*']", "every parameter is frozen"),
+        ("zoo.finetune.halving={factor: 1}", "zoo.finetune.halving.factor"),
+        ("zoo.finetune.save_every=0", "zoo.finetune.save_every"),
+        ("zoo.finetune.base.ema_decay=1", "zoo.finetune.base.ema_decay"),
+        ("memory_budget=1KiB", "memory_budget"),
         ("zoo.finetune=null", "zoo.finetune is not set"),
         ("device=gpu0", "'gpu0' cannot be used here"),
         ("model.factory=nowhere.py:small", "nowhere.py"),
@@ -94,6 +106,8 @@ def test_a_mistake_is_one_paragraph_and_changes_nothing(
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not list((tmp_path / "zoo").glob("*.safetensors"))
+    # What is mended then is no other zoo.
+    assert finetune(write(tmp_path, settings(tmp_path, base={"epochs": 1}))).exit_code == 0
 
 
 def test_a_diverging_recipe_keeps_what_was_finished(tmp_path: Path):
@@ -102,8 +116,9 @@ def test_a_diverging_recipe_keeps_what_was_finished(tmp_path: Path):
     recipe = {"optimizer": "sgd", "lr": [0.01, 1e30], "batch_size": 32, "epochs": 1}
     values["zoo"]["finetune"]["recipe"] = recipe
     result = finetune(write(tmp_path, values))
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: 01: the loss")
+    assert result.exit_code == 0, result.output
+    assert "\n01 left out: the loss is not finite at step" in result.stdout
+    assert f"1 ingredient in {tmp_path / 'zoo'}" in result.stdout
     assert {f.name for f in (tmp_path / "zoo").glob("*.safetensors")} == {
         "base.safetensors",
         "00.safetensors",
@@ -130,15 +145,18 @@ def test_a_file_in_the_place_of_the_zoo(tmp_path: Path):
     assert (tmp_path / "zoo").read_text() == "a file"
 
 
-def test_ctrl_c_keeps_what_was_finished(tmp_path: Path):
-    values = settings(tmp_path)
-    values["zoo"]["finetune"]["recipe"]["epochs"] = 100_000
-    base = tmp_path / "zoo/base.safetensors"
+def test_ctrl_c_saves_what_is_under_way(tmp_path: Path):
+    values = settings(tmp_path, save_every=0.01)
+    values["zoo"]["finetune"]["recipe"]["epochs"] = 4_000
+    record, snapshot = tmp_path / "zoo/zoo.json", tmp_path / "zoo/training.safetensors"
+    saved: list[int] = []
 
     def interrupt() -> None:
-        while not base.exists():
+        until = time.monotonic() + 60
+        while not (record.exists() and "under_way" in record.read_text() and snapshot.exists()):
+            assert time.monotonic() < until
             time.sleep(0.01)
-        time.sleep(0.1)
+        saved.append(snapshot.stat().st_mtime_ns)
         _thread.interrupt_main()
 
     config = write(tmp_path, values)
@@ -149,8 +167,45 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path):
     assert result.exit_code == 130, result.output
     assert "Interrupted; what was finished is kept" in result.stderr
     assert "Traceback" not in result.output
+    assert snapshot.stat().st_mtime_ns > saved[0]
     found = {file.name for file in (tmp_path / "zoo").iterdir()}
-    assert found == {"base.safetensors", "zoo.csv", "zoo.json"}
+    assert found == {
+        *("base.safetensors", "training.safetensors"),
+        *("zoo.csv", "zoo.json", "curves.parquet", "curves.png"),
+    }
+    before = read_curves(tmp_path / "zoo/curves.parquet")
+    assert set(before["name"]) == {"base", "00", "01", "02"}
+    # Without `finetune` the folder is a zoo like any other, and the snapshot none of it.
+    config = load_config(config, ["zoo.finetune=null"], LearnConfig)
+    assert find_ingredients(config.zoo) == ([], str(tmp_path / "zoo/base.safetensors"))
+
+
+def test_a_terminal_shows_a_table_and_others_lines(tmp_path: Path):
+    config = write(tmp_path, settings(tmp_path, ingredients=2))
+    command = [sys.executable, "-m", "soups.finetune", config]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    plain = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert plain.returncode == 0, plain.stderr
+    assert "00 done: epoch 2, step 12" in plain.stderr
+    assert "train at once" in plain.stderr
+    assert "\x1b[" not in plain.stderr + plain.stdout
+    ours, theirs = pty.openpty()
+    env |= {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    with subprocess.Popen(
+        [*command, "--fresh"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # the other end is closed: so Linux tells it
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    text = shown.decode()
+    for part in ("model", "tune %", "waiting", "24/24 steps"):
+        assert part in text
 
 
 @pytest.mark.parametrize("wrong", [["--help"], ["config.yaml", "zoo.pth=x"]])
