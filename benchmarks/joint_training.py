@@ -160,9 +160,9 @@ def main(
                 row = measure(bench, sides, turns, seconds, 1 if quick else MEMORY_REPEATS)
         rows.append({"case": case.name} | row)
         judge(case, row)
+        if record and not quick and not peers_only:  # at once: a run may be stopped
+            append_rows(Path(__file__).stem, rows[-1:], turns, f"{threads} threads, fp32")
     show(rows)
-    if record and not quick and not peers_only:
-        append_rows(Path(__file__).stem, rows, turns, f"{threads} threads, fp32")
 
 
 # --- processes -----------------------------------------------------------------------------------

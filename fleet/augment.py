@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fleet.recipes import Recipe
-
 Images = Float[Tensor, "rows channels height width"]
 Pixels = Shaped[Tensor, "rows channels height width"]
-
-
-def augment(images: Images, recipe: Recipe, generator: torch.Generator) -> Images:
-    """Flip, shift and noise as `recipe` asks; draws nothing for what it does not ask."""
-    if recipe.flip or recipe.shift:
-        images = flip_and_shift(images, flip=recipe.flip, shift=recipe.shift, generator=generator)
-    if recipe.noise:
-        images = images + recipe.noise * torch.randn(
-            images.shape, generator=generator, dtype=images.dtype
-        )
-    return images
 
 
 def flip_and_shift(images: Images, *, flip: bool, shift: int, generator: torch.Generator) -> Images:
@@ -65,16 +49,6 @@ def move(images: Pixels, moves: Int[Tensor, "2 rows"], mirrored: Bool[Tensor, " 
     pixels = (down[:, :, None] * width + across[:, None, :]).flatten(1)
     moved = images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1))
     return moved.view(images.shape)
-
-
-def mixup(
-    images: Images, alpha: float, generator: torch.Generator
-) -> tuple[Images, Int[Tensor, " rows"], float]:
-    """λ·images + (1 − λ)·images[partners] with λ ~ Beta(α, α), its partners and λ (1710.09412)."""
-    uniform = torch.rand(1, generator=generator, dtype=torch.float64)
-    weight = beta(torch.tensor([alpha], dtype=torch.float64), uniform).item()
-    partners = torch.randperm(len(images), generator=generator)
-    return torch.lerp(images[partners], images, weight), partners, weight
 
 
 def beta(

@@ -72,8 +72,8 @@ class JointTrainer:
 
     Models of one architecture are stacked and computed as a group; those of several take turns
     within a step. Each has its own recipe, epochs, seed and data, and ends where it would have
-    ended alone: nothing about it depends on which others are there, or on the order. Alone, or in
-    float32, it is the same up to rounding; among others it has the same bits.
+    ended alone, up to rounding. Which others there are changes no bit of it where its sizes are
+    multiples of 64 numbers; elsewhere it can change how sums are rounded.
 
     `at_once` models are alive at a time (1: one after another), and as many as fit
     `memory_budget`, in bytes; those that are done make room. `plan` says how many and what peak

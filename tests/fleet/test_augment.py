@@ -2,8 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fleet.augment import augment, beta, flip_and_shift, mixup, move
-from fleet.recipes import Recipe
+from fleet.augment import beta, flip_and_shift, move
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -34,34 +33,6 @@ def test_flips_half_of_the_images():
     images = torch.arange(4.0).expand(2000, 1, 1, 4)
     flipped = flip_and_shift(images, flip=True, shift=0, generator=seeded())[:, 0, 0, 0] == 3
     assert 0.45 < flipped.double().mean() < 0.55
-
-
-def test_noise_has_the_asked_deviation_and_leaves_the_original():
-    images = torch.zeros(100, 1, 16, 16)
-    noisy = augment(images, Recipe(noise=0.25), seeded())
-    assert noisy.std().item() == pytest.approx(0.25, rel=0.02)
-    assert not images.any()
-
-
-def test_draws_nothing_that_is_not_asked_for():
-    images, generator = torch.randn(3, 1, 8, 8), seeded(7)
-    state = generator.get_state()
-    assert augment(images, Recipe(), generator) is images
-    assert torch.equal(generator.get_state(), state)
-
-
-def test_mixup_is_the_line_between_partners():
-    images = torch.randn(6, 1, 4, 4)
-    mixed, partners, weight = mixup(images, 0.5, seeded())
-    assert sorted(partners.tolist()) == list(range(6))
-    torch.testing.assert_close(mixed, weight * images + (1 - weight) * images[partners])
-
-
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
-def test_mixup_weights_are_beta(alpha: float):
-    images, generator = torch.zeros(1, 1, 1, 1), seeded()
-    weights = [mixup(images, alpha, generator)[2] for _ in range(500)]
-    assert stats.kstest(weights, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
 def test_beta_is_the_inverse_of_its_distribution():
