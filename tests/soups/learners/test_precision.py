@@ -67,7 +67,7 @@ def test_coefficients_come_close_to_those_of_fp32(kitchen, tmp_path):
     settings = ALL_AT_ONCE | {"inner_epochs": 3}
     exact = learn(*session_of(kitchen, tmp_path / "fp32", "mehl_layerwise", settings)).matrix
     way = np.linalg.norm(exact - 1 / len(exact))
-    most = {"bf16": 0.01, "int8": 0.01, "int4": 0.1, "sign": 0.6}
+    most = {"bf16": 0.01, "int8": 0.01, "int4": 0.15, "sign": 0.7}
     distances = {}
     for precision in most:
         found = learn(*compressed(kitchen, tmp_path / precision, precision, settings)).matrix
