@@ -87,12 +87,7 @@ class Kind:
         chunks = list(self.bucket.chunks())
         while chunks:
             now = _read_together(chunks)
-            batch = batch_of([t for chunk in now for t in chunk.computed], self.device)
-            pixels, targets = (
-                t.split([c.size for c in now]) for t in (batch.pixels, batch.targets)
-            )
-            tasks = list(zip(now, map(Batch, pixels, targets), strict=True))
-            workers.run(self._advance, tasks, much=self.manner.much)
+            workers.run(self._advance, self._with_batches(now), much=self.manner.much)
             del chunks[: len(now)]
         return [*self.bucket.trainees]
 
