@@ -35,8 +35,18 @@ def build(num_classes, width=12):
 @pytest.fixture(scope="session")
 def kitchen(tmp_path_factory) -> Path:
     """A folder with `net.py` and a finished `zoo/` of five ingredients and their base."""
-    root = tmp_path_factory.mktemp("kitchen")
+    return _furnished(tmp_path_factory.mktemp("kitchen"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def second_kitchen(tmp_path_factory) -> Path:
+    """The same with other recipes and weights: for bounds that are those of one certain zoo."""
+    return _furnished(tmp_path_factory.mktemp("second_kitchen"), seed=3)
+
+
+def _furnished(root: Path, seed: int) -> Path:
     (root / "net.py").write_text(FACTORY)
+    (root / "seed").write_text(str(seed))
     config = make_config(root)
     torch.manual_seed(0)
     data = load_learning_data(config.data, memory_budget=config.memory_budget)
@@ -46,6 +56,7 @@ def kitchen(tmp_path_factory) -> Path:
 
 def make_config(root: Path, **changes) -> LearnConfig:
     """The config of the small zoo; `changes` replace top-level keys."""
+    seed = root / "seed"
     settings = {
         "name": "small",
         "output": root / "results",
@@ -64,6 +75,7 @@ def make_config(root: Path, **changes) -> LearnConfig:
             "finetune": {
                 "base": {"lr": 3e-3, "epochs": 6, "batch_size": 32},
                 "ingredients": 5,
+                "seed": int(seed.read_text()) if seed.exists() else 0,
                 "recipe": {
                     "lr": {"low": 1e-3, "high": 6e-3, "log": True},
                     "epochs": 2,

@@ -83,10 +83,12 @@ def test_the_derivatives_are_those_of_the_soups_logits(kitchen, tmp_path, level,
         np.testing.assert_allclose(problem.penalties, of_penalties, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("linearisations", "near"), [(1, 0.5), (3, 0.2)])
-def test_the_loss_is_nearly_the_one_that_was_predicted(kitchen, tmp_path, linearisations, near):
+@pytest.mark.parametrize(("linearisations", "near"), [(1, 0.5), (3, 0.1)])
+def test_the_loss_is_nearly_the_one_that_was_predicted(
+    second_kitchen, tmp_path, linearisations, near
+):
     """The further the steps have come, the nearer."""
-    session, settings = begun(kitchen, tmp_path, linearisations=linearisations)
+    session, settings = begun(second_kitchen, tmp_path, linearisations=linearisations)
     found = learn(session, settings)
     assert session.record["gate"]["kept"] == "newton"
     session.load(found)
@@ -156,16 +158,16 @@ def test_steps_go_on_along_a_box_that_binds(kitchen, tmp_path, caplog):
     assert losses[0] - min(losses) < 0.01
 
 
-def test_in_whatever_blocks_the_coefficients_are_the_same(kitchen, tmp_path):
+def test_in_whatever_blocks_the_coefficients_are_the_same(second_kitchen, tmp_path):
     found = []
     for size in (1, 2, 5):
-        session, settings = begun(kitchen, tmp_path / str(size), block_size=size)
+        session, settings = begun(second_kitchen, tmp_path / str(size), block_size=size)
         assert session.block_sizes == {"pooled_newton": size}
         soup = learn(session, settings)
         found.append((soup.matrix, session.record["gate"]["kept"], session.examples_backward))
     for matrix, kept, _ in found:
         assert kept == "newton"
-        np.testing.assert_allclose(matrix, found[0][0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(matrix, found[0][0], rtol=1e-5, atol=1e-6)
     # A backward for each class and block, and nothing else.
     assert [backward for *_, backward in found] == [449 * 10 * blocks for blocks in (5, 3, 1)]
 
@@ -187,14 +189,16 @@ def test_twins_lower_the_rank_and_share_their_weight(kitchen, tmp_path, caplog):
         assert np.isfinite([entry["weight"], entry["low"], entry["high"]]).all()
 
 
-def test_beside_twins_one_can_be_dropped(kitchen, tmp_path):
-    """Four that span what three do: one is not needed, and never both of the twins."""
-    (tmp_path / "twin.safetensors").write_bytes((kitchen / "zoo" / "03.safetensors").read_bytes())
-    zoo = zoo_of(kitchen, 0, 1, 3, tmp_path / "twin.safetensors")
-    session, settings = begun(kitchen, tmp_path / "out", zoo=zoo)
+def test_one_of_twins_can_be_dropped(second_kitchen, tmp_path):
+    """What it has to say the other one says."""
+    (tmp_path / "twin.safetensors").write_bytes(
+        (second_kitchen / "zoo" / "03.safetensors").read_bytes()
+    )
+    zoo = zoo_of(second_kitchen, 0, 1, 3, tmp_path / "twin.safetensors")
+    session, settings = begun(second_kitchen, tmp_path / "out", zoo=zoo)
     learn(session, settings)
     dropped = session.record["droppable"]
-    assert dropped["ingredients"]
+    assert {"03", "twin"} & set(dropped["ingredients"])
     assert not {"03", "twin"} <= set(dropped["ingredients"])
     assert dropped["loss_change"] <= dropped["standard_error"]
 
@@ -208,17 +212,17 @@ def test_nothing_is_dropped_without_which_the_loss_rises(kitchen, tmp_path):
     assert not sure & set(session.record["droppable"]["ingredients"])
 
 
-def test_a_useless_ingredient_can_be_dropped(kitchen, tmp_path, monkeypatch):
+def test_a_useless_ingredient_can_be_dropped(second_kitchen, tmp_path, monkeypatch):
     """Weights far off, across a barrier: its interval holds 0, or it is said to be droppable."""
     stream = torch.Generator().manual_seed(0)
-    with open_checkpoint(kitchen / "zoo" / "02.safetensors") as good:
+    with open_checkpoint(second_kitchen / "zoo" / "02.safetensors") as good:
         useless = {name: good.read(name) for name in good.tensors}
     for name, tensor in useless.items():
         if name.endswith("weight") and tensor.ndim > 1:
             noise = torch.randn(tensor.shape, generator=stream)
-            useless[name] = tensor + 2 * tensor.std() * noise
+            useless[name] = tensor + tensor.std() * noise
     save_file(useless, tmp_path / "useless.safetensors")
-    zoo = zoo_of(kitchen, 0, 1, 3, 4, tmp_path / "useless.safetensors")
+    zoo = zoo_of(second_kitchen, 0, 1, 3, 4, tmp_path / "useless.safetensors")
     found, weights = [], Plane.weights
 
     def kept(self, names, theta, covariance):
@@ -227,7 +231,7 @@ def test_a_useless_ingredient_can_be_dropped(kitchen, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Plane, "weights", kept)
     changes = {"linearisations": 3, "bounds": TIGHT}
-    session, settings = begun(kitchen, tmp_path / "out", zoo=zoo, **changes)
+    session, settings = begun(second_kitchen, tmp_path / "out", zoo=zoo, **changes)
     learn(session, settings)
     own = next(entry for entry in found[0] if entry["ingredient"] == "useless")
     dropped = session.record["droppable"]["ingredients"]

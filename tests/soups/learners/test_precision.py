@@ -62,15 +62,15 @@ def test_equal_ingredients_give_that_ingredient(kitchen, tmp_path, precision):
     assert set(session.record["largest_row_error"].values()) == {0.0}
 
 
-def test_coefficients_come_close_to_those_of_fp32(kitchen, tmp_path):
+def test_coefficients_come_close_to_those_of_fp32(second_kitchen, tmp_path):
     """Distances are parts of the way from the mean to the coefficients of fp32."""
     settings = ALL_AT_ONCE | {"inner_epochs": 3}
-    exact = learn(*session_of(kitchen, tmp_path / "fp32", "mehl_layerwise", settings)).matrix
+    exact = learn(*session_of(second_kitchen, tmp_path / "fp32", "mehl_layerwise", settings)).matrix
     way = np.linalg.norm(exact - 1 / len(exact))
-    most = {"bf16": 0.01, "int8": 0.01, "int4": 0.15, "sign": 0.7}
+    most = {"bf16": 0.01, "int8": 0.01, "int4": 0.1, "sign": 0.6}
     distances = {}
     for precision in most:
-        found = learn(*compressed(kitchen, tmp_path / precision, precision, settings)).matrix
+        found = learn(*compressed(second_kitchen, tmp_path / precision, precision, settings)).matrix
         distances[precision] = np.linalg.norm(found - exact) / way
         assert 0 < distances[precision] < most[precision]
     assert distances["int8"] < distances["int4"] < distances["sign"]
