@@ -107,8 +107,12 @@ def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def merge_views(graph: fx.Graph, facts: Facts, phases: MutableMapping[fx.Node, Phase]) -> None:
-    """Leave out views that change nothing, and make others in one step from their memory."""
+    """Leave out views and copies that change nothing, and make other views in one step."""
     for node in list(graph.nodes):
+        if _copies_for_nothing(node, facts, phases):
+            _hand_over(node, facts.owners[node.all_input_nodes[0]], facts)
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            continue
         owner, layout = facts.owner_of(node), facts.layouts.get(node)
         if owner is node or layout is None or phases[node] < Phase.SHARED:
             continue
@@ -131,6 +135,13 @@ def merge_views(graph: fx.Graph, facts: Facts, phases: MutableMapping[fx.Node, P
     graph.eliminate_dead_code()
 
 
+def _copies_for_nothing(node: fx.Node, facts: Facts, phases: Mapping[fx.Node, Phase]) -> bool:
+    """Whether it copies a value into the memory format that this has already."""
+    if node.target is not aten.clone.default or "memory_format" not in node.kwargs:
+        return False
+    return _lies_alike(node, node.args[0], facts, phases)
+
+
 def reuse_memory(graph: fx.Graph, facts: Facts, phases: Mapping[fx.Node, Phase]) -> None:
     """Write elementwise results over an input that is not needed any more."""
     # Parts run one after the other, whatever the order of their nodes in the graph.
@@ -147,7 +158,7 @@ def reuse_memory(graph: fx.Graph, facts: Facts, phases: Mapping[fx.Node, Phase])
             continue
         places = range(2 if in_place.commutes and not node.kwargs else 1)
         for place, argument in zip(places, node.args, strict=False):
-            if not _may_overwrite(node, argument, facts, phases):
+            if not _lies_alike(node, argument, facts, phases):
                 continue
             owner = facts.owners[argument]
             others = [facts.owners[n] for n in node.all_input_nodes if n is not argument]
@@ -155,16 +166,19 @@ def reuse_memory(graph: fx.Graph, facts: Facts, phases: Mapping[fx.Node, Phase])
                 continue
             node.target = in_place.target
             node.args = (argument, *node.args[:place], *node.args[place + 1 :])
+            if in_place.result is not None:
+                node.kwargs = {**node.kwargs, in_place.result: argument}
             last_use[owner] = max(last_use[owner], last_use[facts.owners[node]])
             _hand_over(node, owner, facts)
             break
 
 
 class InPlace(NamedTuple):
-    """The twin of an operation that writes into its first argument."""
+    """The twin of an operation that writes into its first argument, named `result` if given."""
 
     target: Any
     commutes: bool = False
+    result: str | None = None
 
 
 IN_PLACE: dict[Any, InPlace] = {
@@ -178,12 +192,16 @@ IN_PLACE: dict[Any, InPlace] = {
     aten.sigmoid.default: InPlace(aten.sigmoid_.default),
     aten.tanh.default: InPlace(aten.tanh_.default),
     aten.hardswish.default: InPlace(aten.hardswish_.default),
+    aten.threshold_backward.default: InPlace(
+        aten.threshold_backward.grad_input, result="grad_input"
+    ),
 }
 
 
-def _may_overwrite(
+def _lies_alike(
     node: fx.Node, argument: Any, facts: Facts, phases: Mapping[fx.Node, Phase]
 ) -> bool:
+    """Whether the argument is a value of the same part that could hold the result of `node`."""
     if not isinstance(argument, fx.Node):
         return False
     mine, its = facts.layouts[node], facts.layouts[argument]

@@ -16,13 +16,14 @@ class Workers:
     """As many threads as torch has, of which each computes on one: small operations gain little
     from several, and bits are not to depend on who else there is to share them with.
 
-    While it is entered the calling thread too computes on one, but in `all_threads`: idle helpers
-    of its own would be in the way of the others. For a single model, and on devices other than the
-    CPU, all runs in the calling thread.
+    While it is entered on the CPU the calling thread too computes on one, but in `all_threads`:
+    idle helpers of its own would be in the way of the others. For a single model, and on other
+    devices, all runs in the calling thread.
     """
 
     def __init__(self, device: torch.device, models: int) -> None:
-        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+        self._threads = torch.get_num_threads()
+        self.count = self._threads if device.type == "cpu" else 1
         self._single = models == 1 or self.count == 1
         self._pool: ThreadPoolExecutor | None = None
 
@@ -46,12 +47,12 @@ class Workers:
     def all_threads(self) -> Iterator[None]:
         """For what the calling thread computes alone."""
         before = torch.get_num_threads()
-        if before != self.count:
-            torch.set_num_threads(self.count)
+        if before != self._threads:
+            torch.set_num_threads(self._threads)
         try:
             yield
         finally:
-            if before != self.count:
+            if before != self._threads:
                 torch.set_num_threads(before)
 
     def run(self, function: Callable[[T], None], tasks: Sequence[T], *, much: bool) -> None:

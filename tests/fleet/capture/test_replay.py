@@ -162,10 +162,26 @@ def test_memory_is_used_again_where_nothing_needs_it():
     assert torch.equal(tensors[1], kept)
 
 
+def test_a_gradient_is_masked_in_place_and_is_not_copied_into_the_format_it_has():
+    def function(w, x):
+        copied = (x @ w).clone(memory_format=torch.contiguous_format)
+        return [torch.ops.aten.threshold_backward(copied, x, 0.5), x @ w]
+
+    tensors = [numbers(4, 4), numbers(3, 4)]
+    graph, program = optimised(function, tensors, [MODEL, INPUT])
+    names = [str(node.target) for node in graph.nodes]
+    assert "aten.clone.default" not in names
+    assert "aten.threshold_backward.grad_input" in names
+    for found, wanted in zip(run(program, tensors), function(*tensors), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda w, x: [F.relu(y := x @ w), y],
+        lambda w, x: [(y := x @ w).clone(memory_format=torch.preserve_format), F.relu(y)],
+        lambda w, x: [torch.ops.aten.threshold_backward(y := x @ w, x, 0.0), y],
         lambda w, x: [F.relu(y := x @ w) * y],
         lambda w, x: [(y := x @ w)[:1] + 1, F.relu(y)],
         lambda w, x: [(v := (y := x @ w).T).sum(0) + F.relu(y).sum(1) + v.sum(0)],
