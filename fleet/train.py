@@ -139,12 +139,8 @@ class JointTrainer:
     @property
     def plan(self) -> str:
         """How models of each kind train, with the predicted peak in memory beside the images."""
-        return describe(
-            [kind.manner for kind in self._kinds.values()],
-            len(self._kept),
-            len(self._waiting),
-            self._predicted_bytes(),
-        )
+        kinds = [(type(kind.model).__name__, kind.manner) for kind in self._kinds.values()]
+        return describe(kinds, len(self._kept), len(self._waiting), self._predicted_bytes())
 
     def run(self) -> list[TrainResult]:
         """Train, or go on; a result for each model, in order."""
@@ -365,10 +361,12 @@ class JointTrainer:
 
     def _save(self) -> None:
         trainees = [t for kind in self._kinds_in_use() for t in kind.bucket.trainees]
-        names = {job.index: job.name for job in self._jobs}
+        jobs = {job.index: job for job in self._jobs}
+        begun = [*self._results, *(trainee.index for trainee in trainees)]
         record = {
+            "recipes": {jobs[index].name: _settings(jobs[index].recipe) for index in begun},
             "training": {trainee.name: trainee.record() for trainee in trainees},
-            "results": {names[index]: asdict(result) for index, result in self._results.items()},
+            "results": {jobs[i].name: asdict(result) for i, result in self._results.items()},
             "rungs": None if self._rungs is None else self._rungs.state(),
             "curves": [asdict(point) for point in self.curves],
         }
@@ -377,10 +375,10 @@ class JointTrainer:
     def _taken_up(self, saved: Snapshot) -> dict[str, dict[str, Any]]:
         """The records of the models that were training; results and scores are taken over."""
         record, asked = saved.record, {job.name: job for job in self._jobs}
-        for name, own in record["training"].items():
-            recipe = asked[name].recipe.model_dump(mode="json") if name in asked else None
-            if recipe is not None and own["recipe"] != recipe:
-                changed = [f for f, value in recipe.items() if own["recipe"].get(f) != value]
+        for name, former in record["recipes"].items():
+            recipe = _settings(asked[name].recipe) if name in asked else former
+            changed = [field for field, value in recipe.items() if former.get(field) != value]
+            if changed:
                 raise FleetError(
                     f"{self._saving.path}: {name} was trained with another recipe there "
                     f"({', '.join(changed)}); {FROM_SCRATCH}"
@@ -503,6 +501,10 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json")
+
+
 def _steps_left(trainee: Trainee) -> int:
     after = trainee.recipe.epochs * trainee.feed.steps_per_epoch if trainee.phase == "head" else 0
     return trainee.feed.steps - trainee.step + after
@@ -513,15 +515,14 @@ def _better(result: TrainResult, other: TrainResult) -> bool:
     return ours > (other.tune_accuracy, -other.tune_loss)
 
 
-def describe(manners: Sequence[Manner], training: int, waiting: int, predicted: int) -> str:
-    """The plan in words."""
-    lines = [
-        f"{training} models train at once, {waiting} wait; predicted {format_bytes(predicted)}"
-    ]
-    for manner in manners:
+def describe(
+    kinds: Sequence[tuple[str, Manner]], training: int, waiting: int, predicted: int
+) -> str:
+    """The plan in words; `kinds` are named."""
+    lines = [f"training: {training} at once, {waiting} wait; predicted {format_bytes(predicted)}"]
+    for name, manner in kinds:
         extra = ", activations computed again" if manner.checkpointing else ""
         extra += f", batches in {manner.micro_batches} parts" if manner.micro_batches > 1 else ""
-        lines.append(
-            f"  {manner.width} computed together, {format_bytes(manner.step_bytes)} each{extra}"
-        )
+        size = format_bytes(manner.step_bytes)
+        lines.append(f"  {name}: {manner.width} computed together, {size} each{extra}")
     return "\n".join(lines)

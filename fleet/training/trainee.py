@@ -226,7 +226,6 @@ class Trainee:
     def record(self) -> dict[str, Any]:
         """All of it but its tensors, as JSON."""
         return {
-            "recipe": self.recipe.model_dump(mode="json"),
             "phase": self.phase,
             "step": self.step,
             "losses": [float(loss) for loss in self.losses],

@@ -210,11 +210,11 @@ def test_what_a_watch_is_told_after_a_restart(tmp_path: Path):
     assert len(trainer.curves) > len(watching.points)
 
 
-def interrupted_file(folder: Path, recipes=None, makes=None, names=None) -> Path:
+def interrupted_file(folder: Path, recipes=None, makes=None, names=None, after: int = 3) -> Path:
     path = folder / "training.safetensors"
 
     def kill(steps: int) -> None:
-        if steps >= 3:
+        if steps >= after:
             raise Killed
 
     with pytest.raises(Killed):
@@ -232,6 +232,15 @@ def test_another_recipe_is_refused(tmp_path: Path):
     with pytest.raises(FleetError, match=r"training\.safetensors: model 1 .*lr, seed.*remove"):
         JointTrainer([dropping] * 2, recipes, DATA, snapshot=path).run()
     assert path.read_bytes() == before
+
+
+def test_another_recipe_of_a_model_that_is_done_is_refused(tmp_path: Path):
+    recipes = [Recipe(lr=0.01, batch_size=16, epochs=epochs) for epochs in (1, 8)]
+    path = interrupted_file(tmp_path, recipes, after=3 * (len(DATA.fit) // 16))
+    assert load(path).record["results"].keys() == {"model 0"}
+    recipes[0] = recipes[0].model_copy(update={"weight_decay": 0.3})
+    with pytest.raises(FleetError, match=r"training\.safetensors: model 0 .*weight_decay.*remove"):
+        JointTrainer([dropping] * 2, recipes, DATA, snapshot=path).run()
 
 
 def test_another_model_is_refused(tmp_path: Path):
