@@ -13,6 +13,9 @@ from fleet.errors import FleetError
 from fleet.recipes import Recipe
 from fleet.training.trainee import TrainingData
 
+# So many names are written out.
+FEW = 3
+
 Make = Callable[[], nn.Module]
 
 
@@ -57,14 +60,20 @@ def checked_jobs(
     if twice:
         raise FleetError(f"several models are named '{twice[0]}'; give each a name of its own")
     jobs = [Job(i, *own) for i, own in enumerate(zip(names, models, recipes, sets, strict=True))]
-    problems = [
-        f"{job.name} (number {job.index}): {problem}"
-        for job in jobs
-        for problem in _problems(job.recipe, job.data)
-    ]
+    problems: dict[str, list[str]] = {}
+    for job in jobs:
+        for problem in _problems(job.recipe, job.data):
+            problems.setdefault(problem, []).append(f"{job.name} (number {job.index})")
     if problems:
-        raise FleetError("; ".join(problems))
+        raise FleetError("; ".join(_of(who, what) for what, who in problems.items()))
     return jobs
+
+
+def _of(names: Sequence[str], problem: str) -> str:
+    first, *others = names
+    more = f" and {len(others) - FEW} more" if len(others) > FEW else ""
+    so_too = f" (so too {', '.join(others[:FEW])}{more})" if others else ""
+    return f"{first}: {problem}{so_too}"
 
 
 def _problems(recipe: Recipe, data: TrainingData) -> Iterator[str]:

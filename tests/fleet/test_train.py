@@ -367,6 +367,17 @@ def test_all_problems_of_all_recipes_are_named():
     assert JointTrainer([Mlp], [Recipe(batch_size=101, drop_last=False)], DATA)
 
 
+def test_a_problem_of_many_models_is_said_once():
+    with pytest.raises(FleetError) as error:
+        JointTrainer([Mlp] * 16, [Recipe(batch_size=101)] * 16, DATA)
+    message = str(error.value)
+    assert message.count("one batch takes 101") == 1
+    assert message.startswith("model 0 (number 0): the fit split has 100 images")
+    assert message.endswith(
+        "(so too model 1 (number 1), model 2 (number 2), model 3 (number 3) and 12 more)"
+    )
+
+
 def test_counts_and_names():
     recipes = [Recipe(batch_size=10)] * 2
     with pytest.raises(FleetError, match="1 models, 2 recipes"):
