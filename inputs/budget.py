@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
 import sys
 from pathlib import Path
 
-__all__ = ["format_bytes", "peak_resident_bytes", "resident_bytes"]
+__all__ = ["format_bytes", "give_back_freed", "peak_resident_bytes", "resident_bytes"]
 
 _STATM = Path("/proc/self/statm")
 _STATUS = Path("/proc/self/status")
@@ -27,8 +28,17 @@ def format_bytes(n: int) -> str:
     return f"{size:.{digits}f} {unit}"
 
 
+def give_back_freed() -> None:
+    """Hand freed memory to the system, where the allocator keeps it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def resident_bytes() -> int:
-    """The memory that this process holds now; where the system does not say, its peak so far."""
+    """The memory that this process holds now, without what it has freed; where the system does not
+    say, its peak so far."""
+    give_back_freed()
     if _STATM.exists():
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return peak_resident_bytes()

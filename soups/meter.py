@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from inputs.budget import peak_resident_bytes, resident_bytes
+from inputs.budget import give_back_freed, peak_resident_bytes, resident_bytes
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -33,6 +33,7 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif (forget := Path("/proc/self/clear_refs")).exists():
+            give_back_freed()
             forget.write_text("5")
         self._start = time.perf_counter()
         return self

@@ -33,6 +33,14 @@ def test_the_text_is_near_the_number(n):
     assert size == pytest.approx(n, rel=0.006)
 
 
+def test_what_was_freed_is_not_counted():
+    before = resident_bytes()
+    held = [bytearray(b"x") * 100_000 for _ in range(600)]
+    assert resident_bytes() - before > 50e6
+    held = held[-1:]  # above the others, so that the heap does not shrink by itself
+    assert resident_bytes() - before < 5e6
+
+
 def test_resident_bytes_grow_with_what_is_held():
     before = resident_bytes()
     held = bytearray(b"\1" * 64 * 2**20)
