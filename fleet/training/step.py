@@ -89,6 +89,7 @@ class Kernel:
         self._norms = [module for module in model.modules() if _counts(module)]
         self._overwriting = [m for m in model.modules() if getattr(m, "inplace", None) is True]
         self._recordings: dict[tuple, _Recording] = {}
+        self._probed: dict[tuple, tuple[tuple[str, ...], Size]] = {}
         self._draws: dict[tuple, list[Draw]] = {}
         self._drawing, self._in_turn = True, False
         self._lock = Lock()
@@ -116,6 +117,14 @@ class Kernel:
         self, pixels: Tensor, targets: Tensor, stacked: Named
     ) -> tuple[tuple[str, ...], Size]:
         """Those of the trained tensors that the loss depends on, and what a step of one takes."""
+        key = self.parts, self.checkpointing, pixels.shape, targets.shape
+        if key not in self._probed:
+            self._probed[key] = self._probe(pixels, targets, stacked)
+        return self._probed[key]
+
+    def _probe(
+        self, pixels: Tensor, targets: Tensor, stacked: Named
+    ) -> tuple[tuple[str, ...], Size]:
         names = self.parts.trained
         found: list[str] = []
 
@@ -135,7 +144,7 @@ class Kernel:
             module = trace(compute, tensors)
         except CaptureError as error:
             if not self._in_turn and self._cannot_join(compute, tensors):
-                return self.probe(pixels, targets, stacked)
+                return self._probe(pixels, targets, stacked)
             compute(*tensors)
             self._warn("is not captured", error)
             return tuple(found), Size(1, sum(_nbytes(stacked[name]) for name in found), 0)
