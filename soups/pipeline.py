@@ -34,7 +34,15 @@ from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
 from soups.overfitting_plot import plot_overfitting
-from soups.plan import Costs, RowPlan, check_budget, measure_activations, plan_learners, plan_table
+from soups.plan import (
+    Costs,
+    RowPlan,
+    check_budget,
+    largest_batch,
+    measure_activations,
+    plan_learners,
+    plan_table,
+)
 from soups.plots import plot_coefficients, plot_leaderboard
 from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
 from soups.references import references
@@ -103,6 +111,7 @@ def open_run(
     model = model.to(device).eval()
     check_budget(model, in_use=memory_in_use(device), budget=config.memory_budget)
     if config.zoo.finetune is not None and config.zoo.ingredients is None:
+        _check_rows(config, config.zoo.finetune.ingredients, data, model)
         make_zoo(config, data, root=root, device=device, progress=progress)
     zoo = open_zoo(
         config.zoo,
@@ -167,6 +176,35 @@ def _check_learners(config: LearnConfig, data: LearningData) -> None:
         raise SoupError("\n".join(problems))
 
 
+def _check_rows(
+    config: LearnConfig, ingredients: int, data: LearningData, model: nn.Module
+) -> None:
+    """SoupError for rows that will not fit the budget, before there is a zoo to measure them on.
+
+    Planned with what is known by now, which is less than they will take.
+    """
+    device = next(model.parameters()).device
+    images, labels = next(iter(data.select.batches(largest_batch(config.learners))))
+    mixed = [t for t in model.state_dict().values() if t.is_floating_point()]
+    weights = sum(tensor.numel() for tensor in mixed)
+    costs = Costs(
+        ingredients=ingredients,
+        weights=weights,
+        ingredient_bytes=weights * mixed[0].element_size(),
+        activations=measure_activations(model, images.to(device), labels.to(device)),
+        in_use=memory_in_use(device),
+        image=1,
+        batch_size=config.eval_batch_size,
+        sources=ingredients,
+        select=len(data.select),
+        classes=len(data.classes),
+        tensors=len(mixed),
+        device=device.type,
+        budget=config.memory_budget,
+    )
+    plan_learners(config.learners, costs)
+
+
 def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
     """Look for barriers, choose block sizes, print what the run will cost.
 
@@ -176,11 +214,13 @@ def _plan(this: Run, say: Callable[[str], None]) -> dict[str, RowPlan]:
     """
     session, steps = this.session, this.steps
     budget = this.config.memory_budget
-    inputs = fingerprint(this.inputs | {"budget": budget, "batch": this.largest_batch})
+    inputs = fingerprint(
+        this.inputs | {"budget": budget, "batch": largest_batch(this.config.learners)}
+    )
     if not steps.is_done("measure", inputs):
         midpoints = [vars(m) | {"warning": m.warning} for m in probe_midpoints(session)]
         session.release()
-        images, labels = next(iter(session.select.batches(this.largest_batch)))
+        images, labels = next(iter(session.select.batches(largest_batch(this.config.learners))))
         counted = session.passes.image_bytes(session.select)
         _warm_up(session.device)
         in_use = memory_in_use(session.device)

@@ -18,6 +18,7 @@ from soups.evaluate import Need, fit, images_at_once
 from soups.learners.descent import soup_loss
 from soups.learners.registry import (
     CrossFittedSettings,
+    Descent,
     Effort,
     LearnedSettings,
     Level,
@@ -117,6 +118,11 @@ def plan_learners(
             "block_size or batch_size helps them)"
         )
     return plans
+
+
+def largest_batch(learners: Mapping[str, Settings]) -> int:
+    """The largest batch that one of them trains with."""
+    return max((s.batch_size for s in learners.values() if isinstance(s, Descent)), default=1)
 
 
 def plan_table(plans: Mapping[str, RowPlan]) -> pd.DataFrame:

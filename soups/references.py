@@ -18,6 +18,7 @@ from soups.entries import Entry
 from soups.learners.registry import LEARNERS
 from soups.learners.selection import best_single, uniform
 from soups.meter import Meter
+from soups.plan import largest_batch
 from soups.record import fingerprint
 from soups.run import Run
 from soups.session import Session
@@ -68,10 +69,14 @@ def _finetuned_entry(this: Run, start: str, learner: Callable, longest: int) -> 
     session, config = this.session, this.config
     row = f"{start}+select"
     # The trainer leaves incomplete batches out.
-    per_epoch = len(session.select) // this.largest_batch
+    per_epoch = len(session.select) // largest_batch(this.config.learners)
     epochs = max(1, round(longest / per_epoch))
     steps = epochs * per_epoch
-    settings = {"steps": steps, "lrs": config.references.lrs, "batch": this.largest_batch}
+    settings = {
+        "steps": steps,
+        "lrs": config.references.lrs,
+        "batch": largest_batch(this.config.learners),
+    }
     inputs = fingerprint(this.inputs | settings | {"tune": this.data.tune.digest()})
     path = this.folder / "work" / "learn" / row / "model.safetensors"
     if not this.steps.is_done(f"learn/{row}", inputs):

@@ -14,7 +14,6 @@ from inputs.models import describe_model
 from soups.config import LearnConfig
 from soups.folds import fold_count
 from soups.leaderboard import load_predictions, save_predictions
-from soups.learners.registry import Descent
 from soups.meter import Meter
 from soups.record import RunRecord, Steps, fingerprint
 from soups.session import IngredientScores, Session
@@ -84,9 +83,3 @@ class Run:
         """How many folds of *select* learners are cross-fitted on; 0 for not at all."""
         wanted, labels = self.config.out_of_fold, self.data.select.labels
         return fold_count(labels, wanted, where="out_of_fold") if wanted else 0
-
-    @property
-    def largest_batch(self) -> int:
-        """The largest batch that a learner trains with."""
-        learners = self.config.learners.values()
-        return max((s.batch_size for s in learners if isinstance(s, Descent)), default=1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import each, expanded, plus
-from .strategies import choose, packs
+from .strategies import alike, choose, packs
 
 
 def grouped_linear(
@@ -20,12 +20,14 @@ def grouped_linear(
         return _side_by_side(x, weight, bias)
     rows = x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])
     models, count, ins = rows.shape
-    # Columns lie otherwise than the gradients that will meet them, which is slow (GELU: 7 times).
-    several = ("batched",) if torch.is_grad_enabled() else ("batched", "columns")
-    available = several + ("packed",) * packs(x, weight, bias)
-    shape = (models, count, ins, weight.shape[1])
+    outs = weight.shape[1]
+    # Columns lie otherwise than the gradients of many rows, and elementwise operations on the two
+    # are slow (GELU's backward: 7 times).
+    columns = not torch.is_grad_enabled() or count <= min(ins, outs)
+    available = ("batched",) + ("columns",) * columns + ("packed",) * packs(x, weight, bias)
+    shape = (alike(models), count, ins, outs)
     y = STRATEGIES[force or choose("linear", x, shape, available)](rows, weight, bias)
-    return y if x.dim() == 3 else y.reshape(models, *x.shape[1:-1], weight.shape[1])
+    return y if x.dim() == 3 else y.reshape(models, *x.shape[1:-1], outs)
 
 
 def _one_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ import soups.learners.mehl
 import soups.learners.selection
 from inputs.data import ImageSet, load_report_data
 from soups import pipeline
+from soups.errors import SoupError
 from soups.learn import app
 from tests.soups.conftest import make_config, open_session
 
@@ -676,6 +677,19 @@ MOMENTS = (
     "results/small/work/learn/mehl_layerwise/progress.safetensors",
     "results/small/work/evaluate/*",
 )
+
+
+def test_rows_that_will_not_fit_are_refused_before_the_zoo_is_made(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    zoo = {"path": tmp_path / "zoo", "finetune": make_config(kitchen).zoo.finetune}
+    learners = {"uniform": {}, "mehl": {}, "learned": {}}
+    config = make_config(kitchen, output=tmp_path / "results", zoo=zoo, learners=learners)
+    monkeypatch.setattr(pipeline, "measure_activations", lambda *_: 1 << 50)
+    with pytest.raises(SoupError, match=r"too small: mehl needs .*; learned needs .*") as error:
+        pipeline.run(config, root=kitchen, fresh=False, progress=False, say=print)
+    assert "uniform" not in str(error.value)
+    assert not (tmp_path / "zoo").exists()
 
 
 @pytest.mark.slow
