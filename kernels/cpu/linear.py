@@ -9,6 +9,8 @@ from torch import Tensor
 from .layout import each, expanded, plus
 from .strategies import alike, choose, packs
 
+FEW_ROWS = 64
+
 
 def grouped_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, force: str | None = None
@@ -21,9 +23,9 @@ def grouped_linear(
     rows = x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])
     models, count, ins = rows.shape
     outs = weight.shape[1]
-    # Columns lie otherwise than the gradients of many rows, and elementwise operations on the two
-    # are slow (GELU's backward: 7 times).
-    columns = not torch.is_grad_enabled() or count <= min(ins, outs)
+    # Columns lie otherwise than the gradients that will meet them: of many rows, elementwise
+    # operations on the two are slow (GELU's backward: 7 times).
+    columns = not torch.is_grad_enabled() or count <= FEW_ROWS
     available = ("batched",) + ("columns",) * columns + ("packed",) * packs(x, weight, bias)
     shape = (alike(models), count, ins, outs)
     y = STRATEGIES[force or choose("linear", x, shape, available)](rows, weight, bias)
