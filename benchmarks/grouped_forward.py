@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import comb
 from statistics import median
 from typing import Annotated, Any
 
 import typer
+from medians import interval
 from recording import ROOT, append_rows
 
 SECONDS = 20.0
@@ -185,7 +185,7 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
     for name, values in times.items():
         if name != "group":
             ratios = [its / ours for its, ours in zip(values, times["group"], strict=True)]
-            low, high = _interval(ratios)
+            low, high = interval(ratios)
             prefix = "times_faster" if name == "loop" else f"times_faster_than_{name}"
             row |= {prefix: median(ratios), f"{prefix}_low": low, f"{prefix}_high": high}
     if "products" in times:
@@ -313,19 +313,6 @@ def _interleaved(
             times[name].append(timed(variants[name]))
         order = order[1:] + order[:1]
     return times
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """An interval that holds the median of such values with at least 95 % (of order statistics)."""
-    ordered, count = sorted(values), len(values)
-    below, outside = 0, 0.0
-    while below < count // 2:
-        outside += 2 * comb(count, below) / 2**count
-        if outside > 0.05:
-            break
-        below += 1
-    place = max(0, below - 1)
-    return ordered[place], ordered[count - 1 - place]
 
 
 def _judge(case: Case, row: dict[str, Any]) -> None:

@@ -68,15 +68,12 @@ def _finetuned(this: Run, soups: Mapping[str, Coefficients]) -> list[Entry]:
 def _finetuned_entry(this: Run, start: str, learner: Callable, longest: int) -> Entry:
     session, config = this.session, this.config
     row = f"{start}+select"
+    batch = largest_batch(config.learners)
     # The trainer leaves incomplete batches out.
-    per_epoch = len(session.select) // largest_batch(this.config.learners)
+    per_epoch = len(session.select) // batch
     epochs = max(1, round(longest / per_epoch))
     steps = epochs * per_epoch
-    settings = {
-        "steps": steps,
-        "lrs": config.references.lrs,
-        "batch": largest_batch(this.config.learners),
-    }
+    settings = {"steps": steps, "lrs": config.references.lrs, "batch": batch}
     inputs = fingerprint(this.inputs | settings | {"tune": this.data.tune.digest()})
     path = this.folder / "work" / "learn" / row / "model.safetensors"
     if not this.steps.is_done(f"learn/{row}", inputs):
@@ -92,7 +89,7 @@ def _finetuned_entry(this: Run, start: str, learner: Callable, longest: int) -> 
                 this.data.tune,
                 name=row,
                 epochs=epochs,
-                batch_size=settings["batch"],
+                batch_size=batch,
                 lrs=config.references.lrs,
             )
         save_weights(model, path)
