@@ -519,7 +519,8 @@ def describe(
     kinds: Sequence[tuple[str, Manner]], training: int, waiting: int, predicted: int
 ) -> str:
     """The plan in words; `kinds` are named."""
-    lines = [f"training: {training} at once, {waiting} wait; predicted {format_bytes(predicted)}"]
+    size = format_bytes(predicted)
+    lines = [f"models that train at once: {training}, waiting: {waiting}; predicted {size}"]
     for name, manner in kinds:
         extra = ", activations computed again" if manner.checkpointing else ""
         extra += f", batches in {manner.micro_batches} parts" if manner.micro_batches > 1 else ""

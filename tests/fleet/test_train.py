@@ -146,7 +146,7 @@ def test_no_more_are_alive_at_a_time(at_once: int):
     counts: list[int] = []
 
     def look(steps: int) -> None:
-        counts.append(int(re.match(r"training: (\d+)", trainer.plan)[1]))  # pyright: ignore
+        counts.append(int(re.search(r"train at once: (\d+)", trainer.plan)[1]))  # pyright: ignore
 
     trainer = JointTrainer([make] * 5, recipes, DATA, at_once=at_once, watch=Watching(look))
     assert len(trainer.run()) == 5
@@ -292,7 +292,7 @@ def test_halving_gives_the_place_of_one_that_leaves_to_the_next():
     alive = []
 
     def look(steps: int) -> None:
-        alive.append(int(re.match(r"training: (\d+)", trainer.plan)[1]))  # pyright: ignore
+        alive.append(int(re.search(r"train at once: (\d+)", trainer.plan)[1]))  # pyright: ignore
 
     watching = Watching(look)
     trainer = JointTrainer(

@@ -225,7 +225,7 @@ def test_a_smaller_budget_lets_models_wait_and_builds_each_once():
         return Mlp(width=256)
 
     def look(steps: int) -> None:
-        alive.append(int(re.match(r"training: (\d+)", trainer.plan)[1]))  # pyright: ignore
+        alive.append(int(re.search(r"train at once: (\d+)", trainer.plan)[1]))  # pyright: ignore
 
     recipes = [Recipe(batch_size=16, epochs=1 + s % 3, seed=s) for s in range(6)]
     weights = 4 * (36 * 256 + 256 + 3 * 256 + 3)
