@@ -9,6 +9,8 @@ from .ops import grouped_linear as grouped_linear
 from .ops import mix as mix
 from .ops import mixed_linear as mixed_linear
 from .ops import row_norms as row_norms
+from .ops import segmented_linear as segmented_linear
+from .ops import segmented_low_rank as segmented_low_rank
 from .segments import Segment as Segment
 from .segments import fine_segments as fine_segments
 from .storage import Rows as Rows

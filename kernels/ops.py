@@ -12,7 +12,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from kernels import checks, mixing
-from kernels.cpu import attention, convolution, embedding, linear, norms
+from kernels import segmented as of_segments
+from kernels.cpu import attention, convolution, embedding, linear, norms, segmented
 from kernels.cpu import mixing as cpu_mixing
 from kernels.segments import Segment
 from kernels.storage import Rows
@@ -234,6 +235,49 @@ def grouped_embedding(
     checks.check_embedding(ids, weight, padding_idx)
     chosen = _triton_for("grouped_embedding", ids) or embedding.grouped_embedding
     return chosen(ids, weight, padding_idx)
+
+
+def segmented_low_rank(
+    x: Float[Tensor, "rows in"],
+    segments: Sequence[of_segments.Run],
+    downs: Sequence[Float[Tensor, "_ in"]],
+    ups: Sequence[Float[Tensor, "out _"]],
+    scales: Sequence[float],
+    *,
+    out: Float[Tensor, "rows out"] | None = None,
+) -> Float[Tensor, "rows out"]:
+    """What adapters of low rank add, of another model and another rank for each segment of rows.
+
+    `out[rows of s] += scales[s] · (x[rows of s] · downs[s]ᵀ) · ups[s]ᵀ`
+
+    `segments` are (start, stop), in order and without overlaps; rows of none of them get nothing.
+    Without `out`, to zeros; else in its memory. Ranks may be 0. No gradient. Raises KernelError
+    where operands do not fit together.
+    """
+    of_segments.check_low_rank(x, segments, downs, ups, scales, out)
+    chosen = _triton_for("segmented_low_rank", x) or segmented.segmented_low_rank
+    return chosen(x, segments, downs, ups, scales, out=out)
+
+
+def segmented_linear(
+    x: Float[Tensor, "rows in"],
+    segments: Sequence[of_segments.Run],
+    weights: Sequence[Float[Tensor, "_ in"]],
+    biases: Sequence[Float[Tensor, " _"] | None] | None = None,
+    *,
+    out: Float[Tensor, "rows _"] | None = None,
+) -> Float[Tensor, "rows _"]:
+    """Linear layers of another model and another width for each segment of rows.
+
+    `out[rows of s, :widths[s]] = x[rows of s] · weights[s]ᵀ + biases[s]`
+
+    As wide as the widest; 0 beyond a segment's own width and for rows of no segment. What is given
+    as `out` stays as it is there. No gradient. Raises KernelError where operands do not fit
+    together.
+    """
+    of_segments.check_linear(x, segments, weights, biases, out)
+    chosen = _triton_for("segmented_linear", x) or segmented.segmented_linear
+    return chosen(x, segments, weights, biases, out=out)
 
 
 def _mixing_for(tensor: Tensor) -> mixing.Chosen:

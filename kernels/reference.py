@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.segmented import Run
 from kernels.segments import Segment
 from kernels.storage import Rows
 
@@ -205,3 +206,36 @@ def grouped_embedding(
         return F.embedding(ids, weight, padding_idx)
 
     return per_model(embed, ids, weight)
+
+
+def segmented_low_rank(
+    x: Float[Tensor, "rows in"],
+    segments: Sequence[Run],
+    downs: Sequence[Float[Tensor, "_ in"]],
+    ups: Sequence[Float[Tensor, "out _"]],
+    scales: Sequence[float],
+    *,
+    out: Float[Tensor, "rows out"] | None = None,
+) -> Float[Tensor, "rows out"]:
+    """`out[segment s] += scales[s] · x · (ups[s] · downs[s])ᵀ`."""
+    y = x.new_zeros(len(x), len(ups[0])) if out is None else out
+    for (start, stop), down, up, scale in zip(segments, downs, ups, scales, strict=True):
+        y[start:stop] += F.linear(x[start:stop], scale * (up @ down))
+    return y
+
+
+def segmented_linear(
+    x: Float[Tensor, "rows in"],
+    segments: Sequence[Run],
+    weights: Sequence[Float[Tensor, "_ in"]],
+    biases: Sequence[Float[Tensor, " _"] | None] | None = None,
+    *,
+    out: Float[Tensor, "rows _"] | None = None,
+) -> Float[Tensor, "rows _"]:
+    """`out[segment s] = x · weights[s]ᵀ + biases[s]`, and 0 beyond a segment's width."""
+    widest = max((len(weight) for weight in weights), default=0)
+    y = x.new_zeros(len(x), widest) if out is None else out
+    given = biases or [None] * len(weights)
+    for (start, stop), weight, bias in zip(segments, weights, given, strict=True):
+        y[start:stop, : len(weight)] = F.linear(x[start:stop], weight, bias)
+    return y

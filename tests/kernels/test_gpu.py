@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -209,3 +210,31 @@ def test_mixed_linear(precision, shared, rows_per_model, dtype):
     )
     found = ops.mixed_linear(x, anchor, deltas, coefficients, bias)
     assert within(found.double(), exact, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_segments_of_tenants(dtype):
+    sizes, ranks = [1, 32, 0, 33, 128, 64], [8, 64, 3, 1, 17, 0]
+    edges = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    segments = list(pairwise(edges))
+    x = operand(sum(sizes), 768).to(dtype)
+    downs = [operand(rank, 768).to(dtype) / 28 for rank in ranks]
+    ups = [operand(771, rank).to(dtype) for rank in ranks]
+    scales = [0.5 * place for place in range(6)]
+    wide = [[t.double() for t in given] for given in (downs, ups)]
+    exact = reference.segmented_low_rank(x.double(), segments, *wide, scales)
+    heads = [operand(rank + 1, 768).to(dtype) / 28 for rank in ranks]
+    biases = [None, *(operand(len(head)).to(dtype) for head in heads[1:])]
+    exact_heads = reference.segmented_linear(
+        x.double(),
+        segments,
+        [head.double() for head in heads],
+        [None if bias is None else bias.double() for bias in biases],
+    )
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    for found, wanted in (
+        (ops.segmented_low_rank(x, segments, downs, ups, scales), exact),
+        (ops.segmented_linear(x, segments, heads, biases), exact_heads),
+    ):
+        assert found.dtype == dtype
+        assert (found.double() - wanted).abs().max() <= limit * wanted.abs().max()

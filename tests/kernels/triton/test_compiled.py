@@ -31,6 +31,7 @@ OPERATIONS = (
     "grouped_linear",
     "mix",
     "mixed_linear",
+    "segmented_low_rank",
 )
 SM_90 = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024
@@ -171,3 +172,15 @@ def test_mixed_linear(recorders, dtype, precision, shared):
     x = torch.empty(1 if shared else 4, 2, 128, dtype=dtype)
     run("mixed_linear", x, torch.empty(64, 128, dtype=dtype), rows, torch.empty(4, 3))
     assert_fits(recorders["mixed_linear", "parts_kernel"])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 40, 200])
+def test_segments(recorders, dtype, rows):
+    x, segments = torch.empty(2 * rows, 192, dtype=dtype), [(0, rows), (rows, 2 * rows)]
+    downs = [torch.empty(rank, 192, dtype=dtype) for rank in (8, 64)]
+    ups = [torch.empty(192, rank, dtype=dtype) for rank in (8, 64)]
+    run("segmented_low_rank", x, segments, downs, ups, [1.0, 2.0])
+    module = importlib.import_module("kernels.triton_ops.segmented_low_rank")
+    module.launch(x, x[:, :64], segments, downs, [1.0, 1.0], [None, x[0, :64]])
+    assert_fits(recorders["segmented_low_rank", "segment_kernel"])
