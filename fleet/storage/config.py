@@ -1,0 +1,163 @@
+"""What a build of a store is told; imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+
+from fleet.errors import FleetError
+from inputs.config import ByteSize, DataConfig, ModelConfig, Settings
+
+SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".th"}
+# What a zoo that was made here says of itself, and what it keeps of a training under way.
+RECORD_FILE = "zoo.json"
+SNAPSHOT_FILE = "training.safetensors"
+
+Level = Literal["general", "domain", "task"]
+EncodingName = Literal["plain", "changed", "low_rank", "sparse", "int8", "int4", "sign", "emr"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class AccuracyConfig(Settings):
+    """At most `lost` of the images (a fraction: 0.005 is half a point) may be lost on `split`."""
+
+    lost: Fraction = 0.005
+    split: Literal["fit", "tune", "select"] = "select"
+
+
+class DomainConfig(Settings):
+    """The variants of a domain, and a checkpoint (a soup, say) to take for their mean."""
+
+    variants: list[str]
+    checkpoint: Path | None = None
+
+
+class HowToStore(Settings):
+    """How closely tensors are kept, and in which encodings.
+
+    One of: `tolerance`, ‖ŵ − w‖ relative to ‖w − base‖ of each tensor; `exact`, bit for bit;
+    `accuracy`, for which the widest tolerance that keeps it is searched. `encodings` are those
+    that may be taken (default: all; `plain` always). `memory_budget` bounds the tensors that are
+    held at a time. Of the levels some may be left out, to see what each contributes: without
+    `general` tensors that equal the base's are stored too, without `domain` there are no nodes,
+    without `task` every changed tensor is plain.
+    """
+
+    tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    exact: bool = False
+    accuracy: AccuracyConfig | None = None
+    encodings: list[EncodingName] | None = None
+    memory_budget: ByteSize = ByteSize(1 << 30)
+    leave_out: list[Level] = []
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> HowToStore:
+        given = [self.tolerance is not None, self.exact, self.accuracy is not None]
+        if sum(given) != 1:
+            raise ValueError(
+                "give one of `tolerance` (a relative error), `exact: true` and `accuracy` "
+                f"({{lost: 0.005}}), found {sum(given)} of them"
+            )
+        return self
+
+
+class BuildConfig(HowToStore):
+    """A base and its variants, to be put into one store.
+
+    `variants` is a folder of checkpoints and LoRA folders (one that is called `base` is none), a
+    list of paths, or names with paths. `domains`: `auto` finds a tree of them, a number cuts it
+    into so many, names with variants give them, `none` has none. `model` and `data` are kept with
+    the base for those who serve it; `accuracy` is measured on them.
+    """
+
+    base: str
+    variants: Path | list[Path] | dict[str, Path]
+    domains: Literal["auto", "none"] | PositiveInt | dict[str, list[str] | DomainConfig] = "auto"
+    model: ModelConfig | None = None
+    data: DataConfig | None = None
+
+    @model_validator(mode="after")
+    def _data_for_accuracy(self) -> BuildConfig:
+        if self.accuracy is not None and (self.model is None or self.data is None):
+            raise ValueError("`accuracy` is measured on images: give `model` and `data` too")
+        return self
+
+    def paths(self) -> dict[str, Path]:
+        """The variants by name, sorted where a folder is given; FleetError for none, or two."""
+        if isinstance(self.variants, dict):
+            return dict(self.variants)
+        found = self.variants
+        if isinstance(found, Path):
+            if not found.is_dir():
+                raise FleetError(f"variants: there is no folder {found}; give one of checkpoints")
+            same = Path(self.base).resolve()
+            found = [entry for entry in sorted(found.iterdir()) if _is_variant(entry, same)]
+        if not found:
+            raise FleetError(
+                f"variants: {self.variants} holds no checkpoint ({', '.join(sorted(SUFFIXES))}, "
+                "or folders that hold one); put the fine-tuned models there"
+            )
+        named: dict[str, Path] = {}
+        for path in found:
+            name = path.stem if path.suffix in SUFFIXES else path.name
+            if name in named:
+                raise FleetError(
+                    f"variants: {named[name]} and {path} would both be called {name!r}; name them "
+                    "(variants: {name: path})"
+                )
+            named[name] = path
+        return named
+
+
+def zoo_config(folder: Path, **settings: Any) -> BuildConfig:
+    """The build of a zoo: its `base`, every other checkpoint, and what its record says of them.
+
+    `settings` replace or add to that; FleetError where there is no base.
+    """
+    if not folder.is_dir():
+        raise FleetError(f"{folder}: there is no such folder; give a zoo, a folder of checkpoints")
+    bases = [entry for entry in sorted(folder.iterdir()) if entry.stem == "base"]
+    if not bases and "base" not in settings:
+        raise FleetError(
+            f"{folder}: has no base (base.safetensors); say what its checkpoints were fine-tuned "
+            "from, with a config (base: …, variants: …)"
+        )
+    found: dict[str, Any] = {"variants": folder, **_recorded(folder / RECORD_FILE)}
+    if bases:
+        found["base"] = str(bases[0])
+    return BuildConfig.model_validate({**found, **settings})
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    """Model and data of a zoo that was made here; nothing of another."""
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_bytes())
+        images = record["images"]
+        data = {**record["data"], "mean": images["mean"], "std": images["std"]}
+        model = {key: value for key, value in record["model"].items() if key != "code"}
+        return {
+            "model": TypeAdapter(ModelConfig).validate_python(model),
+            "data": DataConfig.model_validate(data),
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise FleetError(
+            f"{file}: is not the record of a zoo ({type(error).__name__}: {error}); put it aside, "
+            "or build with a config (base: …, variants: …)"
+        ) from error
+
+
+def _is_variant(entry: Path, base: Path) -> bool:
+    if entry.name.startswith(".") or entry.stem == "base" or entry.resolve() == base:
+        return False
+    if entry.name == SNAPSHOT_FILE and entry.with_name(RECORD_FILE).exists():
+        return False
+    if entry.is_dir():
+        return any(
+            file.suffix in SUFFIXES or file.name.endswith(".index.json") for file in entry.iterdir()
+        )
+    return entry.suffix in SUFFIXES
