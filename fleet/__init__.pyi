@@ -2,6 +2,8 @@ from .errors import FleetError as FleetError
 from .group import Group as Group
 from .modes import refuse_training as refuse_training
 from .recipes import Recipe as Recipe
+from .tenants import Tenants as Tenants
 from .train import JointTrainer as JointTrainer
 from .train import TrainResult as TrainResult
 from .train import train as train
+from .variants import Store as Store
