@@ -11,7 +11,6 @@ benchmarks/README.md says what the columns mean. With a CUDA device, the cases f
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,7 +27,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from medians import interval
-from recording import ROOT, append_rows
+from processes import Process
+from recording import append_rows
 
 SCRIPT = Path(__file__).with_name("training_sides.py")
 IMAGES = 2048
@@ -175,49 +175,6 @@ def main(
 # --- processes -----------------------------------------------------------------------------------
 
 
-class Process:
-    """One process of benchmarks/training_sides.py, from its imports on."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.side, self.rounds = job["side"], 0
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(job["threads"]),
-            "PYTHONPATH": str(ROOT),
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(job)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.pid = self._process.pid
-
-    def tell(self, text: str) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # `hear` finds that it has ended
-            self._process.stdin.write(text + "\n")
-            self._process.stdin.flush()
-
-    def hear(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.side}: the process ended with {self._process.wait()}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
 class Team:
     """The processes of one side: one, or as many as there are models."""
 
@@ -278,7 +235,7 @@ class Bench:
         processes: list[Process] = []
         try:
             for index in range(self.case.models if many else 1):
-                processes.append(Process(job | {"seed": index}))
+                processes.append(Process(SCRIPT, job | {"seed": index}))
             yield Team(processes)
         finally:
             for process in processes:

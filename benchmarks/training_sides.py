@@ -12,7 +12,6 @@ import importlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from processes import Line
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
@@ -47,26 +47,15 @@ class Job:
     seed: int = 0
 
 
-class Line:
-    """The two ends of the talk with the parent; other output goes to standard error."""
+class SidesLine(Line):
+    """Tells what is in use on the GPU, and turns of training."""
 
     def __init__(self, job: Job) -> None:
+        super().__init__()
         self._job = job
-        self._out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
 
     def say(self, **facts: Any) -> None:
-        """Tell the parent, and what is in use on the GPU with it."""
-        facts["device_bytes"] = device_bytes(self._job)
-        self._out.write(json.dumps(facts) + "\n")
-        self._out.flush()
-
-    def wait(self) -> str:
-        """What the parent says next; SystemExit when it has no more to say."""
-        said = sys.stdin.readline()
-        if not said:
-            raise SystemExit
-        return said.strip()
+        super().say(**facts, device_bytes=device_bytes(self._job))
 
     def turns(self, train: Callable[[int], None]) -> None:
         """Train as many rounds as asked, again and again."""
@@ -219,7 +208,7 @@ class PlainModel:
             yield from order.split(self.batch)
 
 
-def run_loop(job: Job, line: Line) -> None:
+def run_loop(job: Job, line: SidesLine) -> None:
     """Plain PyTorch, one model after another; with one model, one of the concurrent processes."""
     images = load_images(job)
     models = [PlainModel(job, index, *images) for index in range(job.models)]
@@ -233,7 +222,7 @@ def run_loop(job: Job, line: Line) -> None:
     line.turns(train)
 
 
-def probe_layout(job: Job, line: Line) -> None:
+def probe_layout(job: Job, line: SidesLine) -> None:
     """Whether one model of the usual loop trains faster in channels_last."""
     images = load_images(job)
     found: dict[bool, list[float]] = {False: [], True: []}
@@ -255,7 +244,7 @@ def probe_layout(job: Job, line: Line) -> None:
 # --- stock torch.func.vmap -----------------------------------------------------------------------
 
 
-def run_stock(job: Job, line: Line) -> None:
+def run_stock(job: Job, line: SidesLine) -> None:
     """vmap of grad over functional_call with PyTorch's own rules, and one optimizer over the stack.
 
     Kind to it: one lr for all models, without which no fused optimizer can step the stack.
@@ -315,7 +304,7 @@ class Turns:
     long enough.
     """
 
-    def __init__(self, job: Job, line: Line) -> None:
+    def __init__(self, job: Job, line: SidesLine) -> None:
         self.job, self.line = job, line
         self.done, self.first, self.goal = 0, 0, WARM_ROUNDS * job.models
         self.began: float | None = None
@@ -344,7 +333,7 @@ class Turns:
         pass
 
 
-def run_joint(job: Job, line: Line) -> None:
+def run_joint(job: Job, line: SidesLine) -> None:
     """All models by one JointTrainer, each with its own lr and seed."""
     from fleet.recipes import Recipe
     from fleet.train import JointTrainer
@@ -395,7 +384,7 @@ def open_digits(job: Job) -> tuple[Any, Any]:
     return config, load_learning_data(config.data, memory_budget=config.memory_budget)
 
 
-def make_zoo_jointly(job: Job, line: Line) -> None:
+def make_zoo_jointly(job: Job, line: SidesLine) -> None:
     """`make_zoo` as `make learn` calls it: base, ingredients, curves, pictures and files."""
     from soups.zoo import make_zoo
 
@@ -408,7 +397,7 @@ def make_zoo_jointly(job: Job, line: Line) -> None:
     line.turns(train)
 
 
-def make_zoo_plainly(job: Job, line: Line) -> None:
+def make_zoo_plainly(job: Job, line: SidesLine) -> None:
     """The same zoo as it was made before: base and ingredients one after another, their files."""
     from inputs.models import build_model
     from soups.zoo import sample_recipes, save_weights
@@ -492,7 +481,7 @@ def plain_loss(
 # --- what the machine can do ---------------------------------------------------------------------
 
 
-def measure_limits(job: Job, line: Line) -> None:
+def measure_limits(job: Job, line: SidesLine) -> None:
     """FLOPs of a round, weights, and the rates of matrix products and of reading and writing."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -527,7 +516,7 @@ def _fastest(job: Job, work: Callable[[], object], times: int = 20) -> float:
     return min(seconds)
 
 
-SIDES: dict[str, Callable[[Job, Line], None]] = {
+SIDES: dict[str, Callable[[Job, SidesLine], None]] = {
     "loop": run_loop,
     "processes": run_loop,
     "stock": run_stock,
@@ -565,7 +554,7 @@ def first_step(job: Job) -> None:
 
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
-    line = Line(job)
+    line = SidesLine(job)
     torch.set_num_threads(job.threads)
     import_all(job)
     line.say(imported=True)
