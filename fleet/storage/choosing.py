@@ -186,14 +186,19 @@ def _sparse(aim: _Aim, limit: int) -> Choice | None:
         most = min((limit - 1) // (values.itemsize + 1), len(flat))
         kept = 1 - aim.squared_rest(rounding) / aim.apart**2
         if kept >= 1:
-            continue
-        # Σ of the k largest δ² ≤ √(k · Σ δ⁴).
-        if most < 1 or math.sqrt(most) * float(spread) < 0.99 * kept:
-            return None
-        enough = squares.topk(most).values.double().cumsum(0) >= kept
-        if not bool(enough[-1]):
-            return None
-        given = {"count": int(enough.to(torch.uint8).argmax()) + 1, "values": dtype_name(values)}
+            # All of them may be close enough all the same: few are rounded by the most there is.
+            if most < len(flat):
+                continue
+            count = len(flat)
+        else:
+            # Σ of the k largest δ² ≤ √(k · Σ δ⁴).
+            if most < 1 or math.sqrt(most) * float(spread) < 0.99 * kept:
+                return None
+            enough = squares.topk(most).values.double().cumsum(0) >= kept
+            if not bool(enough[-1]):
+                return None
+            count = int(enough.to(torch.uint8).argmax()) + 1
+        given = {"count": count, "values": dtype_name(values)}
         choice = aim.try_out("sparse", *ENCODINGS["sparse"].encode(aim.value, aim.parent, **given))
         if choice.error <= aim.bound:
             return choice
