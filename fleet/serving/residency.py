@@ -115,13 +115,18 @@ class Residency:
         If there is no room for all, what is expected gives up its room, then the `later` tickets,
         the last one first. Raises FleetError for what cannot be read.
         """
-        waiting = list(later)
+        waiting, scattered = list(later), True
         with self._lock:
             while not self._fetch(ticket):
                 if self._expected:
                     self.slots.unpin(self._expected.popitem(last=False)[1])
                 elif waiting:
                     self._release(waiting.pop())
+                elif scattered:
+                    # Between what is there already no hole is large enough.
+                    scattered = False
+                    self._release(ticket)
+                    self.slots.keep_only(())
                 else:
                     raise FleetError(
                         "the parts of one batch do not fit into memory_budget beside each other; "

@@ -1,4 +1,4 @@
-"""Memory for what tenants own: slots by size class within a budget, and who has to leave."""
+"""Units in memory within a budget, and who has to leave."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-SMALLEST_BYTES = 4 << 10
-# Sizes of slots in each octave: at most an eighth of a slot is empty.
-STEPS = 8
+from fleet.serving.arena import Arena, Piece, rounded
+
 # What it costs to fetch something at all, in bytes that could be read meanwhile.
 FETCH_BYTES = 64 << 10
 # Counts of uses are halved after so many uses of each that is known.
@@ -38,23 +37,19 @@ class Unit(Protocol):
         ...
 
 
-def size_class(nbytes: int) -> int:
-    """The bytes of the smallest slot that holds so many."""
-    if nbytes <= SMALLEST_BYTES:
-        return SMALLEST_BYTES
-    step = (1 << (nbytes - 1).bit_length() - 1) // STEPS
-    return -(-nbytes // step) * step
-
-
 @dataclass
 class Entry:
     """A unit in a slot, or on its way there. What is pinned stays."""
 
     unit: Unit
-    slot: Tensor
+    piece: Piece
     fetched: Future[Tensors] = field(default_factory=Future)
     pins: int = 0
     priority: float = 0.0
+
+    @property
+    def slot(self) -> Tensor:
+        return self.piece.memory
 
     @property
     def failed(self) -> bool:
@@ -62,7 +57,7 @@ class Entry:
 
 
 class Slots:
-    """Units in slots whose sizes sum to at most `budget` bytes (None: no limit).
+    """Units in slots, pieces of `budget` bytes (None: no limit).
 
     Who leaves has the least `clock + uses · cost / size` (Greedy-Dual-Size-Frequency), where the
     clock is the priority of whoever left last: recency weighted with frequency. Uses are counted
@@ -74,9 +69,8 @@ class Slots:
         self.budget = budget
         self.used = 0
         self.evictions = 0
-        self._allocate = allocate
+        self._arena = Arena(budget, allocate)
         self._entries: dict[Hashable, Entry] = {}
-        self._free: dict[int, list[Tensor]] = {}
         self._uses: dict[Hashable, int] = {}
         self._counted = 0
         self._clock = 0.0
@@ -91,7 +85,7 @@ class Slots:
 
     def fits(self, units: Iterable[Unit]) -> bool:
         """Whether these have room together when nothing else has."""
-        total = sum(size_class(unit.nbytes) for unit in units)
+        total = sum(rounded(unit.nbytes) for unit in units)
         return self.budget is None or total <= self.budget
 
     def pin(self, unit: Unit, uses: int = 1) -> tuple[Entry, bool] | None:
@@ -105,10 +99,11 @@ class Slots:
             entry = None
         fresh = entry is None
         if entry is None:
-            slot = self._slot(size_class(unit.nbytes))
-            if slot is None:
+            piece = self._piece(unit.nbytes)
+            if piece is None:
                 return None
-            entry = self._entries[unit.key] = Entry(unit, slot)
+            entry = self._entries[unit.key] = Entry(unit, piece)
+            self.used += len(piece.memory)
         if uses:
             self._count(unit.key, uses)
         weight = 1 + FETCH_BYTES / max(unit.nbytes, 1)
@@ -127,7 +122,8 @@ class Slots:
         """Take it out now: it is wrong, or nobody will ask for it again."""
         if self._entries.get(entry.unit.key) is entry:
             del self._entries[entry.unit.key]
-            self._release(entry.slot)
+            self.used -= len(entry.slot)
+            self._arena.give(entry.piece)
 
     def keep_only(self, keys: Container[Hashable]) -> None:
         """Drop what nobody has pinned and nobody will ask for."""
@@ -135,26 +131,11 @@ class Slots:
             if not entry.pins and key not in keys:
                 self.drop(entry)
 
-    def _slot(self, size: int) -> Tensor | None:
-        if self._free.get(size):
-            return self._free[size].pop()
-        while self.budget is not None and self.used + size > self.budget:
-            if self._give_back_free():
-                continue
+    def _piece(self, nbytes: int) -> Piece | None:
+        while (piece := self._arena.take(nbytes)) is None:
             if not self._evict():
                 return None
-            if self._free.get(size):
-                return self._free[size].pop()
-        self.used += size
-        return self._allocate(size)
-
-    def _give_back_free(self) -> bool:
-        for size, slots in self._free.items():
-            if slots:
-                slots.pop()
-                self.used -= size
-                return True
-        return False
+        return piece
 
     def _evict(self) -> bool:
         while self._queue:
@@ -168,9 +149,6 @@ class Slots:
             return True
         return False
 
-    def _release(self, slot: Tensor) -> None:
-        self._free.setdefault(slot.numel(), []).append(slot)
-
     def _count(self, key: Hashable, uses: int) -> None:
         self._uses[key] = self._uses.get(key, 0) + uses
         self._counted += uses
@@ -181,7 +159,7 @@ class Slots:
 
 
 def host_memory(nbytes: int) -> Tensor:
-    """Bytes of the host, which are the system's again as soon as nobody has them."""
+    """Bytes of the host, which are the system's again when nobody has them."""
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
 

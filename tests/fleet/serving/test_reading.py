@@ -7,8 +7,9 @@ import torch
 
 from fleet.errors import FleetError
 from fleet.serving import reading
+from fleet.serving.arena import rounded
 from fleet.serving.reading import PartsUnit
-from fleet.serving.slots import host_memory, size_class
+from fleet.serving.slots import host_memory
 from fleet.variants import Store, tensor_hash
 
 
@@ -38,14 +39,14 @@ def store(tmp_path, tensors):
 
 
 def loaded(unit: PartsUnit) -> dict[str, torch.Tensor]:
-    return unit.load(host_memory(size_class(unit.nbytes)))[0]
+    return unit.load(host_memory(rounded(unit.nbytes)))[0]
 
 
 @pytest.mark.parametrize("most", [1, 2, 512])
 def test_tensors_of_several_packs_lie_in_the_slot(store, tensors, monkeypatch, most):
     monkeypatch.setattr(reading, "MOST_AT_ONCE", most)
     unit = PartsUnit("a", store.packs, list(reversed(tensors)))
-    slot = host_memory(size_class(unit.nbytes))
+    slot = host_memory(rounded(unit.nbytes))
     found, nbytes = unit.load(slot)
     assert nbytes == sum(tensor.nbytes for tensor in tensors.values())
     for digest, tensor in tensors.items():

@@ -171,3 +171,16 @@ def test_threads_that_ask_for_the_same_find_its_own_values(residency):
         thread.join()
     assert not wrong
     assert residency.slots.evictions > 20
+
+
+def test_parts_that_fit_together_are_laid_together_where_they_lie_scattered():
+    residency = Residency(10 * 4096, CPU)
+    small = [Ticket([Made(n, 4096)]) for n in range(10)]
+    for ticket in small:
+        residency.hold(ticket)
+    wanted = Ticket([*(ticket.units[0] for ticket in small[2::3]), Made("large", 7 * 4096)])
+    for ticket in small:
+        residency.release(ticket)
+    assert len(residency.hold(wanted)) == 4
+    residency.release(wanted)
+    residency.close()

@@ -4,11 +4,10 @@ import random
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
-from fleet.serving.slots import STEPS, Slots, host_memory, size_class
+from fleet.serving.slots import Slots, host_memory
 
 
 @dataclass
@@ -32,21 +31,13 @@ def use(held: Slots, unit: Made) -> bool:
     return found[1]
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 4096, 4097, 5000, 1 << 20, (1 << 20) + 1, 3_333_333])
-def test_a_class_is_at_most_an_eighth_larger(nbytes):
-    size = size_class(nbytes)
-    assert size_class(size) == size
-    assert max(nbytes, 4096) <= size <= max(nbytes, 4096) * (1 + 1 / STEPS)
-
-
 def test_the_budget_holds_whatever_is_asked_for():
     held, rng = slots(1 << 20), random.Random(0)
     units = [Made(k, rng.choice([3000, 50_000, 200_000, 111_111])) for k in range(40)]
     for _ in range(500):
         use(held, rng.choice(units))
         inside = [entry.slot.numel() for entry in held._entries.values()]
-        free = [slot.numel() for kept in held._free.values() for slot in kept]
-        assert sum(inside) + sum(free) == held.used <= 1 << 20
+        assert sum(inside) == held.used <= 1 << 20
     assert held.evictions > 100
 
 
@@ -114,6 +105,7 @@ def test_memory_is_used_again_and_dropped_when_wanted_elsewhere():
     assert len(held) == 0
     assert use(held, Made("c", 16_000))
     assert held.used == 16384
+    assert len(held) == 1
 
 
 def test_no_limit():
