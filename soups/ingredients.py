@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from inputs.randomness import generator
+from inputs.zoo_files import SUFFIXES, holds_checkpoint
 from merge.checkpoints import Checkpoint, open_checkpoint
 from merge.coefficients import Ingredient
 from merge.errors import MergeError
@@ -17,11 +18,6 @@ from merge.preflight import Preflight, inspect_ingredients
 from merge.stream import stored_name
 from soups.config import ZooConfig
 from soups.errors import SoupError
-
-SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".th"}
-# What a zoo that is made here says of itself, and what it keeps of a training that is under way.
-RECORD_FILE = "zoo.json"
-SNAPSHOT_FILE = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -150,23 +146,6 @@ def _open_all(
             checkpoint.close()
         raise MergeError("\n".join(problems))
     return opened
-
-
-def holds_checkpoint(entry: Path) -> bool:
-    """Whether this looks like a checkpoint: a file by its name, a folder by the files in it.
-
-    A folder with an index alone counts, so that shards that are missing are noticed. What a zoo
-    keeps of a training that is under way is none.
-    """
-    if entry.name.startswith("."):
-        return False
-    if entry.name == SNAPSHOT_FILE and entry.with_name(RECORD_FILE).exists():
-        return False
-    if entry.is_dir():
-        return any(
-            file.suffix in SUFFIXES or file.name.endswith(".index.json") for file in entry.iterdir()
-        )
-    return entry.suffix in SUFFIXES
 
 
 def _expand(entry: str, folder: Path) -> list[str]:

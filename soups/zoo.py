@@ -18,13 +18,13 @@ from fleet.recipes import Recipe
 from fleet.train import Checkpoint, JointTrainer, TrainResult, Watch, prepare
 from fleet.training.trainee import Trainee
 from inputs.models import build_model, describe_model
+from inputs.zoo_files import SNAPSHOT_FILE
 from merge.checkpoints import CheckpointWriter, TensorInfo, open_checkpoint, scan
 from merge.statistics.gathering import load_weights as give_weights
 from soups.config import FinetuneConfig, LearnConfig
 from soups.curves import Curves
 from soups.errors import SoupError
 from soups.event_files import EventFiles, require_tensorboard
-from soups.ingredients import SNAPSHOT_FILE
 from soups.recipe_search import names_of_run, partial_name, sample_recipes
 from soups.watch import AtFirst, Watches, new_view
 from soups.zoo_folder import BASE_FILE, EVENTS_FOLDER, NOT_OF_THE_WEIGHTS, ZooFolder

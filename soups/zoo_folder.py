@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from fleet.recipes import Recipe
 from inputs.files import remove_stale_parts, write_whole
+from inputs.zoo_files import RECORD_FILE, SNAPSHOT_FILE, holds_checkpoint
 from soups.config import FinetuneConfig, ZooConfig
 from soups.curves import CURVES_FILE, PICTURE_FILE
 from soups.errors import SoupError
 from soups.event_files import remove_event_files
-from soups.ingredients import RECORD_FILE, SNAPSHOT_FILE, holds_checkpoint
 from soups.recipe_search import names_of_run, sample_recipes
 
 BASE_FILE = "base.safetensors"

@@ -10,11 +10,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_val
 
 from fleet.errors import FleetError
 from inputs.config import ByteSize, DataConfig, ModelConfig, Settings
-
-SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".th"}
-# What a zoo that was made here says of itself, and what it keeps of a training under way.
-RECORD_FILE = "zoo.json"
-SNAPSHOT_FILE = "training.safetensors"
+from inputs.zoo_files import RECORD_FILE, SUFFIXES, holds_checkpoint
 
 Level = Literal["general", "domain", "task"]
 EncodingName = Literal["plain", "changed", "low_rank", "sparse", "int8", "int4", "sign", "emr"]
@@ -152,12 +148,4 @@ def _recorded(file: Path) -> dict[str, Any]:
 
 
 def _is_variant(entry: Path, base: Path) -> bool:
-    if entry.name.startswith(".") or entry.stem == "base" or entry.resolve() == base:
-        return False
-    if entry.name == SNAPSHOT_FILE and entry.with_name(RECORD_FILE).exists():
-        return False
-    if entry.is_dir():
-        return any(
-            file.suffix in SUFFIXES or file.name.endswith(".index.json") for file in entry.iterdir()
-        )
-    return entry.suffix in SUFFIXES
+    return entry.stem != "base" and entry.resolve() != base and holds_checkpoint(entry)
