@@ -70,20 +70,30 @@ class FeatureCache:
         layout: Layout,
         catalogue: Catalogue,
     ) -> Tensor:
-        """The model's output for tenants' weights; lower layers run for inputs that are new."""
+        """The model's output for tenants' weights; lower layers run for what is not kept."""
         run = self._bound.forward
-        cut = self._cut(inputs, catalogue) if self._budget else None
+        cut = self._cut(inputs, catalogue) if self._is_for(inputs) else None
         if cut is None:
             return run(inputs, weights, adapters, layout)
         if cut.module != self._first:
-            self._kept.clear()
-            self._first, self.nbytes = cut.module, 0
-        features = self._features(cut, inputs)
+            self._begin(cut.module, catalogue)
+            self._first = cut.module
+        features = self._features(cut.module, inputs, layout, catalogue)
         with replaced(self._bound, cut, features):
             return run(inputs, weights, adapters, layout)
 
-    def _features(self, cut: _Cut, inputs: Together) -> Tensor:
-        """What the cut module is given, of each row: kept, or computed now."""
+    def _is_for(self, inputs: Together) -> bool:
+        return bool(self._budget)
+
+    def _begin(self, module: str, catalogue: Catalogue) -> None:
+        """The model is cut at this module from now on."""
+        self._kept.clear()
+        self.nbytes = 0
+
+    def _features(
+        self, module: str, inputs: Together, layout: Layout, catalogue: Catalogue
+    ) -> Tensor:
+        """What the module is given, of each row: kept, or computed now."""
         keys = _hashes(inputs)
         new = list(dict.fromkeys(key for key in keys if key not in self._kept))
         self.misses += len(new)
@@ -91,7 +101,7 @@ class FeatureCache:
         made: dict[bytes, Tensor] = {}
         if new:
             rows = torch.tensor([keys.index(key) for key in new])
-            fresh = reached(self._bound, cut.module, inputs.select(rows))
+            fresh = reached(self._bound, module, inputs.select(rows))
             made = dict(zip(new, fresh.unbind(0), strict=True))
         rows_of = {key: made[key] if key in made else self._kept[key] for key in keys}
         features = torch.stack([rows_of[key] for key in keys])

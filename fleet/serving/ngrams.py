@@ -20,9 +20,9 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from fleet.errors import FleetError
-from fleet.serving.bound import Adapters, BoundModel
+from fleet.serving.bound import BoundModel
 from fleet.serving.catalogue import Catalogue
-from fleet.serving.features import FeatureCache, reached, replaced
+from fleet.serving.features import FeatureCache, reached
 from fleet.serving.inputs import IDS, MASK, InputReader, Together
 from fleet.serving.owned import Layout
 from inputs.budget import format_bytes
@@ -81,26 +81,10 @@ class NGramCache(FeatureCache):
         self._ngrams = ngrams
         self._trees: dict[str, Tree] = {}
 
-    def forward(
-        self,
-        inputs: Together,
-        weights: Mapping[str, Tensor],
-        adapters: Adapters,
-        layout: Layout,
-        catalogue: Catalogue,
-    ) -> Tensor:
-        """The model's output for tenants' weights, from lower layers that are mostly looked up."""
-        run = self._bound.forward
-        cut = self._cut(inputs, catalogue) if inputs.kwargs.keys() <= {IDS, MASK} else None
-        if cut is None:
-            return run(inputs, weights, adapters, layout)
-        if cut.module != self._first:
-            self._grow(cut.module, catalogue)
-        features = self._looked_up(cut.module, inputs, layout, catalogue)
-        with replaced(self._bound, cut, features):
-            return run(inputs, weights, adapters, layout)
+    def _is_for(self, inputs: Together) -> bool:
+        return inputs.kwargs.keys() <= {IDS, MASK}
 
-    def _grow(self, module: str, catalogue: Catalogue) -> None:
+    def _begin(self, module: str, catalogue: Catalogue) -> None:
         unknown = sorted(self._ngrams.sentences.keys() - catalogue.nodes.keys())
         if unknown:
             raise FleetError(
@@ -113,12 +97,12 @@ class NGramCache(FeatureCache):
             node: grown(self._bound, module, node, rows, share, self._ngrams.longest)
             for node, rows in given.items()
         }
-        self._first, self.nbytes = module, sum(tree.nbytes for tree in self._trees.values())
+        self.nbytes = sum(tree.nbytes for tree in self._trees.values())
         for node, tree in self._trees.items():
             size = format_bytes(tree.nbytes)
             logger.info("n-grams of %r at %r: %d, %s", node, module, len(tree.keys), size)
 
-    def _looked_up(
+    def _features(
         self, module: str, inputs: Together, layout: Layout, catalogue: Catalogue
     ) -> Float[Tensor, "rows tokens width"]:
         elements = _elements(inputs)
