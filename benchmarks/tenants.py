@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from adapted import adapted_variant
 from medians import interval
 from processes import Process
 from recording import append_rows
@@ -41,9 +42,8 @@ from torch import Tensor
 from tqdm import tqdm
 from variant_zoo import store_case
 
-from fleet.storage.objects import tensor_hash
-from fleet.storage.records import BASE, Encoded, Variant
-from fleet.variants import Store
+from fleet.storage.records import BASE
+from fleet.variants import Store, Variant
 
 SCRIPT = Path(__file__).with_name("tenant_sides.py")
 Row = dict[str, Any]
@@ -147,16 +147,9 @@ def make_store(job: Job) -> None:
 
 def made(job: Job, number: int, modules: Sequence[str]) -> tuple[Variant, dict[str, Tensor]]:
     """A tenant's record, and its tensors by hash."""
-    tensors, named = {}, {}
-    for module, parts in parts_of(job, number, modules).items():
-        digests = {part: tensor_hash(value) for part, value in parts.items()}
-        tensors |= {digests[part]: value for part, value in parts.items()}
-        if module == "classifier":
-            for part, digest in digests.items():
-                named[f"{module}.{part}"] = Encoded("plain", {"value": digest})
-        else:
-            named[f"{module}.weight"] = Encoded("low_rank", digests, {"scale": SCALE})
-    return Variant(tenant_name(number), BASE, named, job.classes[number]), tensors
+    factors = parts_of(job, number, modules)
+    head = {f"classifier.{part}": value for part, value in factors.pop("classifier").items()}
+    return adapted_variant(tenant_name(number), BASE, factors, head, job.classes[number], SCALE)
 
 
 def make_whole(job: Job) -> None:

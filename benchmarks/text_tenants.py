@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from adapted import adapted_variant
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fleet.alike import named_tensors
 from fleet.recipes import Recipe
 from fleet.train import JointTrainer, TrainResult
-from fleet.variants import Encoded, Node, Store, Variant, tensor_hash
+from fleet.variants import Node, Store
 from inputs.randomness import generator
 from inputs.text.corpus import DOMAINS, Sentence, read_corpus
 from inputs.text.encoder import TextClassifier, add_adapters, bert_mini
@@ -96,17 +97,11 @@ def make_text_tenants(
 def _add(store: Store, name: str, node: str, state: dict[str, Tensor]) -> None:
     """A trained tenant: its adapters, and its head."""
     adapted = [key.removesuffix(".down") for key in state if key.endswith(".down")]
-    records: dict[str, Encoded] = {}
-    tensors: dict[str, Tensor] = {}
-    for module in adapted:
-        parts = {part: state[f"{module}.{part}"] for part in ("down", "up")}
-        hashes = {part: tensor_hash(tensor) for part, tensor in parts.items()}
-        records[f"{module}.weight"] = Encoded("low_rank", hashes, {"scale": SCALE})
-        tensors |= {hashes[part]: tensor for part, tensor in parts.items()}
-    for key in ("classifier.weight", "classifier.bias"):
-        records[key] = Encoded("plain", {"value": tensor_hash(state[key])}, {})
-        tensors[tensor_hash(state[key])] = state[key]
-    store.add(Variant(name, node, records, CLASSES), tensors)
+    factors = {
+        module: {part: state[f"{module}.{part}"] for part in ("down", "up")} for module in adapted
+    }
+    head = {key: state[key] for key in ("classifier.weight", "classifier.bias")}
+    store.add(*adapted_variant(name, node, factors, head, CLASSES, SCALE))
 
 
 def _model(tokenizer: Tokenizer, classes: int) -> TextClassifier:
