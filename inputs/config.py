@@ -190,13 +190,18 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _per_channel(self) -> DataConfig:
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise ValueError(
-                    f"`{name}` has {len(values)} numbers; wanted 1, or one for each of the "
-                    f"{self.channels} channels"
-                )
+        check_per_channel(self.channels, mean=self.mean, std=self.std)
         return self
+
+
+def check_per_channel(channels: int, **given: Sequence[float]) -> None:
+    """ValueError unless each of `given` has one number, or one for each channel."""
+    for name, values in given.items():
+        if len(values) not in (1, channels):
+            raise ValueError(
+                f"`{name}` has {len(values)} numbers; wanted 1, or one for each of the "
+                f"{channels} channels"
+            )
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

@@ -11,7 +11,14 @@ from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validato
 
 from fleet.errors import FleetError
 from fleet.server.limits import Limits
-from inputs.config import FactoryModel, ModelConfig, Settings, TimmModel, explain
+from inputs.config import (
+    FactoryModel,
+    ModelConfig,
+    Settings,
+    TimmModel,
+    check_per_channel,
+    explain,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,12 +48,7 @@ class ServedData(Settings):
 
     @model_validator(mode="after")
     def _per_channel(self) -> ServedData:
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise ValueError(
-                    f"`{name}` has {len(values)} numbers; wanted 1, or one for each of the "
-                    f"{self.channels} channels"
-                )
+        check_per_channel(self.channels, mean=self.mean, std=self.std)
         return self
 
 
