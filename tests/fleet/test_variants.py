@@ -203,7 +203,7 @@ def test_variants_are_added_together_in_one_pack_and_line(tmp_path, base):
 @pytest.mark.parametrize(("limit", "groups"), [("GROUP_VARIANTS", [2, 2, 1]), ("bytes", [1] * 5)])
 def test_many_variants_are_written_by_the_group(tmp_path, base, monkeypatch, limit, groups):
     if limit == "GROUP_VARIANTS":
-        monkeypatch.setattr("fleet.variants.GROUP_VARIANTS", 2)
+        monkeypatch.setattr("fleet.storage.adding.GROUP_VARIANTS", 2)
     store = Store.create(tmp_path / "s", base)
     store.add_many(
         (exact_variant(f"v{seed}", changed(base, seed), base) for seed in range(5)),
