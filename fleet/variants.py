@@ -20,9 +20,11 @@ from fleet.storage.adding import GROUP_BYTES, add_node, add_variants
 from fleet.storage.collecting import collect
 from fleet.storage.creating import check_new, locked, write_base
 from fleet.storage.decoding import Decoder, chains_of, own_parts, plain_part
+from fleet.storage.hashes import tensor_hash
 from fleet.storage.journal import Given, Journal, SupersededError
 from fleet.storage.manifest import MANIFEST_NAME, Manifest
-from fleet.storage.objects import Packs, Place, tensor_hash
+from fleet.storage.objects import Packs
+from fleet.storage.pack_file import Place
 from fleet.storage.reader import Reader
 from fleet.storage.records import BASE, Encoded, Node, Variant
 from fleet.storage.state import FORMAT
@@ -255,10 +257,10 @@ class Store:
     def gc(self) -> int:
         """Remove packs of which nothing is needed, and what killed writers left; bytes freed.
 
-        Packs of which little is needed are written anew without the rest
-        (`fleet.storage.collecting`). Whoever reads what was removed or replaced before gets
-        SupersededError from then on, and the new state after `refresh`. A damaged pack stays as it
-        is: `verify` tells of it.
+        Packs of which little is needed are written anew without the rest, and many small ones as
+        few (`fleet.storage.collecting`). Whoever reads what was removed or replaced before gets
+        SupersededError from then on, and the new state after `refresh`. A pack of which something
+        is damaged that is needed stays as it is: `verify` tells of it.
         """
         with self.transaction():
             return collect(self._journal)

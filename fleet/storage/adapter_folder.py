@@ -16,7 +16,7 @@ from torch import Tensor
 from fleet.errors import FleetError
 from fleet.storage.base import stored_base
 from fleet.storage.decoding import BOTTLENECK, BOTTLENECK_PARTS
-from fleet.storage.objects import tensor_hash
+from fleet.storage.hashes import tensor_hash
 from fleet.storage.records import BASE, Encoded, Variant
 from inputs.files import write_whole
 from merge.adapters.adapter import WRAPPER

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fleet.errors import FleetError
 from fleet.storage.encodings import ENCODINGS, SHARED_PARTS, encoding_named
-from fleet.storage.objects import Packs, check_storable
+from fleet.storage.hashes import check_storable
+from fleet.storage.objects import Packs
 from fleet.storage.records import Encoded, Variant
 from merge.checkpoints.tensors import TensorInfo
 

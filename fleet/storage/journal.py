@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,6 @@ class Journal:
                 self._kept = self.state.copy()
             return self._take_lines()
 
-    def _needing(self, pack: str) -> list[str]:
+    def _needing(self, digests: Sequence[str]) -> list[str]:
         with self._seeing:
-            return self.state.needing(self.packs.held_by(pack))
+            return self.state.needing(digests)

@@ -21,7 +21,7 @@ from fleet.storage.config import HowToStore
 from fleet.storage.decoding import Decoder
 from fleet.storage.domains import Domain
 from fleet.storage.encodings import ENCODINGS, MergedVector, delta_of, same_bits
-from fleet.storage.objects import tensor_hash
+from fleet.storage.hashes import tensor_hash
 from fleet.storage.records import BASE, Encoded
 from fleet.storage.zoo import Zoo
 from fleet.variants import Store
