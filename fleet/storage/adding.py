@@ -16,7 +16,7 @@ from fleet.storage.decoding import (
     BOTTLENECK_PARTS,
     Decoder,
     chains_of,
-    check_filled,
+    check_bottleneck,
 )
 from fleet.storage.journal import Given, Journal
 from fleet.storage.patterns import pattern_text, patterns_of, records_json
@@ -100,7 +100,7 @@ def _prepared(
                 f"{sorted(encoded.parts)}, wanted {BOTTLENECK!r} of "
                 f"{sorted(BOTTLENECK_PARTS)}"
             )
-        check_filled(f"{where}: {module!r}", decoder.parts(encoded, given))
+        check_bottleneck(f"{where}: {module!r}", decoder.parts(encoded, given))
     _check_used(where, given, variant.encoded())
     try:
         kinds = {"tensors": variant.tensors, "adapters": variant.adapters}

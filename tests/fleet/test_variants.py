@@ -548,6 +548,14 @@ def test_bottleneck_adapters_are_kept_and_not_exported(tmp_path, base):
     same(store.tensors("v"), base)
     with pytest.raises(FleetError, match="bottleneck adapters after 'layer'"):
         store.export("v", tmp_path / "v.safetensors")
+    bad = torch.randn(1)
+    hashes["up_bias"] = tensor_hash(bad)
+    narrow = Encoded("bottleneck", hashes, {"activation": "gelu"})
+    tensors[hashes["up_bias"]] = bad
+    with pytest.raises(
+        FleetError, match=r"'layer': its parts are .*'up_bias': \[1\].* wanted down"
+    ):
+        store.add(Variant("w", "base", {}, adapters={"layer": narrow}), tensors)
     wrong = Encoded("bottleneck", {"down": hashes["down"]})
     with pytest.raises(FleetError, match=r"adapters\.layer"):
         store.add(Variant("w", "base", {}, adapters={"layer": wrong}), {})
