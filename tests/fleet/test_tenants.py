@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 
 import pytest
@@ -141,11 +142,11 @@ def test_text_fine_tunes_and_padding(tmp_path):
         assert tenants.statistics.alone == 0
 
 
-@pytest.fixture
-def vit(tmp_path):
-    """A store of tenants below nodes and below the base, and the base's model."""
+@pytest.fixture(scope="module")
+def vit_store(tmp_path_factory):
+    """The folder of a store of tenants below nodes and below the base."""
     model = zoo.image_model("vit", torch.float64)
-    store = Store.create(tmp_path / "store", zoo.tensors_of(model))
+    store = Store.create(tmp_path_factory.mktemp("vit") / "store", zoo.tensors_of(model))
     keys = [key for key in store.base.tensors if key.startswith("blocks.1") or key == "pos_embed"]
     for place, node in enumerate(("birds", "cars")):
         values = zoo.add_node(store, node, keys, seed=place)
@@ -159,7 +160,14 @@ def vit(tmp_path):
                 node if place else "base",
                 parent,
             )
-    return store, model
+    return store.folder
+
+
+@pytest.fixture
+def vit(tmp_path, vit_store):
+    """A copy of that store, and the base's model."""
+    shutil.copytree(vit_store, tmp_path / "store")
+    return Store(tmp_path / "store"), zoo.image_model("vit", torch.float64)
 
 
 def asked(count: int, names: list[str], seed: int) -> list[tuple[str, torch.Tensor]]:

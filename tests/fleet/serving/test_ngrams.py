@@ -36,14 +36,14 @@ def context(row: list[int], at: int, length: int) -> tuple[int, ...]:
     return tuple(row[at + s] if 0 <= at + s < len(row) else 0 for s in steps)
 
 
-@pytest.fixture
-def served(tmp_path):
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
     """A store with tenants below the base and below a domain, all with adapters above layer 2."""
     model = zoo.text_model(**SIZES)
     base = zoo.tensors_of(model)
     # As drawn, a token's neighbours hardly matter to it.
     base |= {name: 8 * t for name, t in base.items() if ".layer." in name and t.dim() == 2}
-    store = Store.create(tmp_path / "store", base)
+    store = Store.create(tmp_path_factory.mktemp("served") / "store", base)
     store.add_node(Node("domain", "base", {}), {})
     names = [n for n in store.base.tensors if n.endswith(("query.weight", "value.weight"))]
     upper = [n for n in names if ".layer.2." in n or ".layer.3." in n]
@@ -58,6 +58,13 @@ def served(tmp_path):
         )
 
     return opened
+
+
+@pytest.fixture(scope="module")
+def exact(served):
+    """All of them computed."""
+    with served(None) as tenants:
+        yield tenants
 
 
 def answers(tenants: Tenants, rows: list[torch.Tensor], *names: str) -> list[torch.Tensor]:
@@ -100,20 +107,20 @@ def test_the_tree_is_that_of_the_most_frequent_contexts(most):
                 assert found[at] == (known.index(wanted) - 1 if wanted in known else -1)
 
 
-def test_known_sentences_are_exact(served):
+def test_known_sentences_are_exact(served, exact):
     rows = sentences(24, 1)
     names = ("base0", "domain1", "domain3", "base2")
     ngrams = NGrams({"base": rows}, None, longest=LONGEST)
-    with served(ngrams) as tenants, served(None) as exact:
+    with served(ngrams) as tenants:
         assert_close(answers(tenants, rows, *names), answers(exact, rows, *names))
         counts = tenants.statistics
     assert counts.feature_misses == 0
     assert counts.feature_hits == sum(map(len, rows))
 
 
-def test_short_contexts_are_no_more_than_near(served):
+def test_short_contexts_are_no_more_than_near(served, exact):
     rows = sentences(24, 1)
-    with served(NGrams({"base": rows}, None, longest=2)) as tenants, served(None) as exact:
+    with served(NGrams({"base": rows}, None, longest=2)) as tenants:
         found, wanted = answers(tenants, rows, "base0"), answers(exact, rows, "base0")
         far = max(float((f - w).abs().max()) for f, w in zip(found, wanted, strict=True))
         assert far > 1e-3
@@ -130,24 +137,24 @@ def test_the_budget_is_kept(served, budget):
         assert all(len(t.keys) == budget // 2 // (4 * WIDTH + 8) for t in trees.values())
 
 
-def test_nothing_known_is_computed(served):
+def test_nothing_known_is_computed(served, exact):
     rows = sentences(12, 3)
-    with served(NGrams({"base": rows}, 0)) as tenants, served(None) as exact:
+    with served(NGrams({"base": rows}, 0)) as tenants:
         assert_close(answers(tenants, rows, "base0"), answers(exact, rows, "base0"))
         assert tenants.statistics.feature_hits == 0
 
 
-def test_contexts_that_are_too_short_are_computed(served):
+def test_contexts_that_are_too_short_are_computed(served, exact):
     rows, others = sentences(12, 3), sentences(12, 4)
-    with served(NGrams({"base": rows}, None, shortest=5)) as tenants, served(None) as exact:
+    with served(NGrams({"base": rows}, None, shortest=5)) as tenants:
         assert_close(answers(tenants, others, "base0"), answers(exact, others, "base0"))
         assert tenants.statistics.feature_misses == sum(map(len, others))
 
 
-def test_first_the_domain_then_the_base_then_computing(served):
+def test_first_the_domain_then_the_base_then_computing(served, exact):
     own, general, new = sentences(6, 5, 1, 30), sentences(6, 6, 30, 60), sentences(6, 7, 60, 90)
     ngrams = NGrams({"base": [*general, *own], "domain": own}, None, longest=LONGEST)
-    with served(ngrams) as tenants, served(None) as exact:
+    with served(ngrams) as tenants:
         rows = [*own, *general, *new]
         assert_close(answers(tenants, rows, "domain1"), answers(exact, rows, "domain1"))
         assert tenants.statistics.feature_misses == sum(map(len, new))
@@ -162,7 +169,7 @@ def test_first_the_domain_then_the_base_then_computing(served):
         assert_close(answers(tenants, [mixed], "domain1"), answers(exact, [mixed], "domain1"))
 
 
-def test_hidden_tokens_are_not_looked_up(served):
+def test_hidden_tokens_are_not_looked_up(served, exact):
     rows = sentences(8, 8)
     hidden = [torch.cat([row, torch.tensor([89, 88])]) for row in rows]
     masks = [
@@ -173,7 +180,7 @@ def test_hidden_tokens_are_not_looked_up(served):
         for row, mask in zip(hidden, masks, strict=True)
     ]
     ngrams = NGrams({"base": rows}, None, longest=LONGEST)
-    with served(ngrams) as tenants, served(None) as exact:
+    with served(ngrams) as tenants:
         assert_close(tenants.predict(requests), exact.predict(requests))
         assert tenants.statistics.feature_misses == 0
 

@@ -95,6 +95,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def base_of(store: Store) -> dict[str, Tensor]:
+    """Every tensor of the base, each pack opened once."""
+    wanted = {key: encoded.parts["value"] for key, encoded in store.base.tensors.items()}
+    found = store.packs.read_many(wanted.values())
+    return {key: found[digest].clone() for key, digest in wanted.items()}
+
+
 def parts(
     encoding: str, given: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> tuple[Encoded, dict[str, Tensor]]:
@@ -113,7 +120,7 @@ def add_lora(
     store: Store, name: str, names: Iterable[str], rank: int, head: int | None, seed: int
 ) -> None:
     """PEFT's adapters of one rank on matrices, and a head of a width of its own."""
-    base = {key: store.packs.read(e.parts["value"]) for key, e in store.base.tensors.items()}
+    base = base_of(store)
     records, tensors = {}, {}
     for place, key in enumerate(names):
         outs, ins = base[key].shape
@@ -140,7 +147,7 @@ def add_fine_tune(
 ) -> None:
     """A variant that differs from its node in every tensor for which `ways` names an encoding."""
     if parent is None:
-        parent = {key: store.packs.read(e.parts["value"]) for key, e in store.base.tensors.items()}
+        parent = base_of(store)
     records, tensors = {}, {}
     for place, (key, value) in enumerate(parent.items()):
         way = ways(key, value)
@@ -154,7 +161,7 @@ def add_fine_tune(
 
 def add_node(store: Store, name: str, keys: Iterable[str], seed: int) -> dict[str, Tensor]:
     """A node with plain tensors of its own; all of its values."""
-    base = {key: store.packs.read(e.parts["value"]) for key, e in store.base.tensors.items()}
+    base = base_of(store)
     records, tensors = {}, {}
     for place, key in enumerate(keys):
         base[key] = moved(key, base[key], 500 * seed + place)

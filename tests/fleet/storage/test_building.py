@@ -125,6 +125,29 @@ def rows(built):
     return built.table.set_index("variant").to_dict("index")
 
 
+@pytest.fixture(scope="module")
+def near(zoo, tmp_path_factory):
+    """By domains, what a build of the zoo within TOLERANCE says and its store, to be read only."""
+    folder, made = tmp_path_factory.mktemp("near"), {}
+
+    def built(domains):
+        key = json.dumps(domains)
+        if key not in made:
+            out = folder / str(len(made))
+            settings = {"tolerance": TOLERANCE, "domains": domains}
+            made[key] = build(config(zoo, **settings), out, progress=False), Store(out)
+        return made[key]
+
+    return built
+
+
+@pytest.fixture
+def few(zoo):
+    """A domain of the zoo, and two that are in none."""
+    names = ("copy", "domain0-0", "domain0-1", "domain0-2", "noise")
+    return {name: zoo / f"{name}.safetensors" for name in names}
+
+
 @pytest.mark.parametrize("domains", ["auto", "none"])
 def test_exact_gives_every_variant_back_bit_for_bit(zoo, tmp_path, domains):
     built = build(config(zoo, exact=True, domains=domains), tmp_path / "store", progress=False)
@@ -171,11 +194,8 @@ def test_bf16_checkpoints_and_integers_come_back_too(tmp_path):
 
 
 @pytest.mark.parametrize("domains", ["auto", "none", 2, {"mine": ["noise", "domain0-0"]}])
-def test_every_tensor_is_within_the_tolerance(zoo, tmp_path, domains):
-    built = build(
-        config(zoo, tolerance=TOLERANCE, domains=domains), tmp_path / "store", progress=False
-    )
-    store = Store(tmp_path / "store")
+def test_every_tensor_is_within_the_tolerance(zoo, near, domains):
+    built, store = near(domains)
     base = load_file(zoo / "base.safetensors")
     assert store.verify() == []
     for name, row in rows(built).items():
@@ -193,14 +213,10 @@ def test_every_tensor_is_within_the_tolerance(zoo, tmp_path, domains):
     assert rows(built)["lowrank"]["bytes"] < rows(built)["noise"]["bytes"]
 
 
-def test_what_domains_share_is_stored_once(zoo, tmp_path):
-    stored = {}
-    for domains in ("auto", "none"):
-        settings = {"tolerance": TOLERANCE, "domains": domains}
-        built = build(config(zoo, **settings), tmp_path / domains, progress=False)
-        stored[domains] = built
-        levels = built.level_bytes
-        assert (levels["domain"] > 0) == (domains == "auto")
+def test_what_domains_share_is_stored_once(near):
+    stored = {domains: near(domains)[0] for domains in ("auto", "none")}
+    for domains, built in stored.items():
+        assert (built.level_bytes["domain"] > 0) == (domains == "auto")
     auto, none = (sum(stored[d].level_bytes.values()) for d in ("auto", "none"))
     assert auto < none
     nodes = {name: row["node"] for name, row in rows(stored["auto"]).items()}
@@ -344,10 +360,12 @@ def test_bottleneck_adapters_that_do_not_fit_are_refused_before_anything_is_writ
     assert not (tmp_path / "store").exists()
 
 
-def test_levels_can_be_left_out(zoo, tmp_path):
+def test_levels_can_be_left_out(zoo, few, tmp_path):
+    few |= {name: zoo / f"{name}.safetensors" for name in ("domain1-0", "domain1-1", "domain1-2")}
     size = {}
     for level in ("general", "domain", "task", None):
         settings = {
+            "variants": few,
             "tolerance": TOLERANCE,
             "encodings": ["int4", "int8"],
             "leave_out": [level] if level else [],
@@ -362,16 +380,15 @@ def test_levels_can_be_left_out(zoo, tmp_path):
     assert all(size[None] < size[level] for level in ("general", "domain", "task"))
 
 
-def test_the_same_build_gives_the_same_store(zoo, tmp_path):
-    for name in ("one", "two"):
-        build(config(zoo, tolerance=TOLERANCE), tmp_path / name, progress=False)
-    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+def test_the_same_build_gives_the_same_store(zoo, near, tmp_path):
+    build(config(zoo, tolerance=TOLERANCE), tmp_path / "two", progress=False)
+    (_, one), two = near("auto"), Store(tmp_path / "two")
     assert dict(one.nodes) == dict(two.nodes)
     assert dict(one.variants) == dict(two.variants)
 
 
-def test_a_build_that_was_interrupted_goes_on(zoo, tmp_path, monkeypatch):
-    whole = config(zoo, tolerance=0.45, encodings=["emr", "int4"])
+def test_a_build_that_was_interrupted_goes_on(zoo, few, tmp_path, monkeypatch):
+    whole = config(zoo, variants=few, tolerance=0.45, encodings=["emr", "int4"])
     build(whole, tmp_path / "whole", progress=False)
     make, made = building._made, []
 
@@ -384,19 +401,19 @@ def test_a_build_that_was_interrupted_goes_on(zoo, tmp_path, monkeypatch):
 
         return counted
 
-    for limit in (0, 1, 7, 8):
+    for limit in (0, 1, 3, 4):
         monkeypatch.setattr(building, "_made", making(limit))
         with pytest.raises(KeyboardInterrupt):
             build(whole, tmp_path / "parts", progress=False)
         assert len(Store(tmp_path / "parts").variants) == limit
     monkeypatch.setattr(building, "_made", making(math.inf))
     build(whole, tmp_path / "parts", progress=False)
-    assert len(made) == len(set(made)) == 11
+    assert len(made) == len(set(made)) == 5
     one, two = Store(tmp_path / "whole"), Store(tmp_path / "parts")
     assert dict(one.nodes) == dict(two.nodes)
     assert dict(one.variants) == dict(two.variants)
     build(whole, tmp_path / "parts", progress=False)
-    assert len(made) == 11
+    assert len(made) == 5
 
 
 def test_a_folder_with_another_store_is_refused(zoo, tmp_path):
