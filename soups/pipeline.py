@@ -49,7 +49,7 @@ from soups.reports.points import report_problems
 from soups.run import Run
 from soups.session import Session
 from soups.statistics import accuracy, correctness
-from soups.tables import terminal_table, write_leaderboard
+from soups.tables import MARKS, terminal_table, write_leaderboard
 from soups.zoo import make_zoo
 
 # Rows are compared with the first learner of each of these types.
@@ -92,8 +92,9 @@ def run(
             _draw(this, rows, soups)
         this.record.save()
     say(terminal_table(rows))
-    say(f"\n{readings_text(count_readings(report.readings))}")
-    found = ["leaderboard.md", "leaderboard.csv", "run.json", "coefficients/", "soups/"]
+    say(f"\n{MARKS}\n{readings_text(count_readings(report.readings))}")
+    found = ["leaderboard.md", "leaderboard.csv", "examples.npz", "run.json"]
+    found += ["coefficients/", "soups/"]
     found += ["pictures/"] * config.pictures + ["reports/"] * bool(config.reports)
     say(f"\n{folder}: {', '.join(found)}")
     return rows

@@ -27,6 +27,9 @@ from soups.leaderboard import (
 from soups.significance import Difference
 from soups.statistics import Interval
 
+# What stands in the terminal's table.
+MARKS = "≈ tied with the best soup; * significant at 5% after Holm's correction for the column"
+
 
 def write_leaderboard(rows: Sequence[Row], folder: str | Path, setting: Setting) -> None:
     """Write `leaderboard.csv` (all columns, full precision) and `leaderboard.md` (to be read)."""
