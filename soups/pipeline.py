@@ -343,8 +343,7 @@ def _leaderboard(this: Run, entries: Sequence[Entry], report: Report) -> list[Ro
     evaluated = evaluate_entries(this, entries, sets, report.scored)
     rows = [row for row, _ in evaluated]
     predictions = {row.learner: right for row, right in evaluated}
-    firsts = {settings.type: row for row, settings in reversed(config.learners.items())}
-    baselines = [firsts[kind] for kind in BASELINES if kind in firsts]
+    baselines = baseline_rows(config.learners)
     rows = with_intervals(rows, predictions, baselines=baselines, seed=config.seed)
     rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
@@ -358,6 +357,12 @@ def _leaderboard(this: Run, entries: Sequence[Entry], report: Report) -> list[Ro
     )
     write_leaderboard(rows, folder, setting)
     return rows
+
+
+def baseline_rows(learners: Mapping[str, LearnerSettings]) -> list[str]:
+    """The rows that all others are compared with."""
+    first = {settings.type: row for row, settings in reversed(learners.items())}
+    return [first[kind] for kind in BASELINES if kind in first]
 
 
 def _draw(this: Run, rows: Sequence[Row], soups: Mapping[str, Coefficients]) -> None:

@@ -136,6 +136,21 @@ def test_the_leaderboard_has_all_rows(whole: Path):
         assert (whole / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_are_compared_with_the_first_best_single_and_the_first_greedy(whole: Path):
+    table = pd.read_csv(whole / "leaderboard.csv").set_index("learner")
+    for name in ("best_single", "greedy"):
+        differences = table["report_accuracy"] - table.loc[name, "report_accuracy"]
+        assert np.isnan(table.loc[name, f"vs_{name}"])
+        found = table[f"vs_{name}"].drop(name)
+        assert found.to_numpy() == pytest.approx(differences.drop(name).to_numpy(), abs=1e-12)
+        assert (table[f"vs_{name}_p_holm"] >= table[f"vs_{name}_p"]).drop(name).all()
+    best = table[table["kind"] == "soup"]["report_accuracy"].idxmax()
+    assert table.loc[best, "tied_with_best"] in (True, "True")
+    learners = {"mine": {"type": "greedy"}, "other": {"type": "greedy"}, "uniform": {}}
+    config = make_config(Path(), learners=learners)
+    assert pipeline.baseline_rows(config.learners) == ["mine"]
+
+
 def test_the_predictions_say_for_each_image_who_was_right(whole: Path):
     table = pd.read_csv(whole / "leaderboard.csv").set_index("learner")
     with np.load(whole / "predictions.npz") as predictions:
