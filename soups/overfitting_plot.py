@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soups.leaderboard import Row
 from soups.plots import BLUE, GREY, INK, clean_axes, new_figure, save_figure
+from soups.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,6 +16,7 @@ from inputs.data import LearningData, load_learning_data
 from inputs.models import build_model
 from merge.coefficients import Coefficients
 from soups.barrier import probe_midpoints
+from soups.boards.making import PAGE, write_page
 from soups.caption import Setting, readings_text
 from soups.checks import select_problems
 from soups.config import LearnConfig
@@ -25,7 +26,6 @@ from soups.errors import SoupError
 from soups.examples import FILE as EXAMPLES
 from soups.ingredients import find_ingredients, open_zoo
 from soups.kitchen import cook_soup
-from soups.leaderboard import REPORT, Row, save_predictions, with_intervals
 from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
@@ -46,6 +46,7 @@ from soups.references import references
 from soups.report_door import Report, open_report, shut
 from soups.reports.making import make_reports
 from soups.reports.points import report_problems
+from soups.rows import REPORT, Row, save_predictions, with_intervals
 from soups.run import Run
 from soups.session import Session
 from soups.statistics import accuracy, correctness
@@ -88,14 +89,17 @@ def run(
         # Learning is over: from here on, and only here, *report* is read.
         report = open_report(config, this.record, who=f"the leaderboard of {config.name}")
         rows = _leaderboard(this, entries, report)
+        this.record.save()
         if config.pictures:
             _draw(this, rows, soups)
-        this.record.save()
+            write_page(folder)
     say(terminal_table(rows))
     say(f"\n{readings_text(count_readings(report.readings))}")
     found = ["leaderboard.md", "leaderboard.csv", "run.json", "coefficients/", "soups/"]
     found += ["pictures/"] * config.pictures + ["reports/"] * bool(config.reports)
     say(f"\n{folder}: {', '.join(found)}")
+    if config.pictures:
+        say(f"Open {folder / PAGE} in a browser.")
     return rows
 
 

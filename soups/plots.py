@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inputs.files import write_whole
-from soups.leaderboard import Row, baselines_of, ranked
+from soups.rows import Row, baselines_of, ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,9 @@ from soups.errors import SoupError
 AGAIN = "run `python -m soups.learn` again, which writes it"
 
 
-def read_texts(path: Path, *, needed: Sequence[str]) -> pd.DataFrame:
-    """The table at `path`, every cell as a text; SoupError where a column is not there."""
+def read_texts(path: Path, *, needed: Sequence[str], may_be_empty: bool = False) -> pd.DataFrame:
+    """The table at `path`, every cell as a text; SoupError where a column, or every row, is not
+    there."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
         if not isinstance(table.index, pd.RangeIndex):  # as pandas reads lines that are longer
@@ -24,7 +25,7 @@ def read_texts(path: Path, *, needed: Sequence[str]) -> pd.DataFrame:
     missing = [name for name in needed if name not in table]
     if missing:
         raise SoupError(f"{path}: there is no column {', '.join(missing)}; {AGAIN}")
-    if table.empty:
+    if table.empty and not may_be_empty:
         raise SoupError(f"{path}: has no rows; {AGAIN}")
     return table.fillna("")  # what a line has not that is too short
 

@@ -18,8 +18,8 @@ from soups.boards.csv_tables import AGAIN, read_texts, with_numbers
 from soups.errors import SoupError
 from soups.examples import FILE as EXAMPLES
 from soups.examples import ReportExamples
-from soups.leaderboard import REPORT, load_predictions
 from soups.readings import count_readings, earlier_readings
+from soups.rows import REPORT, load_predictions
 from soups.sweeps.tables import report_images
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def read_run(folder: Path) -> RunFolder:
 def read_sweep(folder: Path) -> SweepFolder:
     """The tables of a sweep; SoupError where one of them is broken."""
     path = folder / COMPARISONS
-    found = read_texts(path, needed=("baseline", "learner", *COUNTS, *MEANS))
+    found = read_texts(path, needed=("baseline", "learner", *COUNTS, *MEANS), may_be_empty=True)
     names = [*found]
     keys = tuple(names[names.index("learner") + 1 : names.index("runs")])
     comparisons = with_numbers(found, path, but=("baseline", "learner", *keys), needed=MEANS)

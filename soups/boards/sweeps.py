@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import pandas as pd
-
 from soups.boards.columns import Column, columns_of
 from soups.boards.folders import MEANS, SweepFolder
 from soups.boards.payload import plain
@@ -39,15 +37,16 @@ OF_OTHERS = {"difference_low", "difference_high", "splits", "splits_ahead", "kin
 def sweep_payload(sweep: SweepFolder) -> dict[str, Any]:
     """A sweep: what can be chosen, the columns, and a line for each comparison and baseline."""
     lines = [*_lines(sweep)]
-    table = pd.DataFrame(lines)
+    names = {str(name): None for line in lines for name in line}
     chosen = ("against", *sweep.keys)
     taken = {*chosen, *OF_OTHERS, *(column.key for column in COLUMNS)}
-    columns = [column for column in COLUMNS if column.key in table]
-    columns += columns_of(name for name in table if name not in taken)
+    columns = [column for column in COLUMNS if column.key in names]
+    columns += columns_of(name for name in names if name not in taken)
     return {
         "name": sweep.folder.resolve().name,
         "keys": [
-            {"column": key, "values": [*dict.fromkeys(table[key])], "all": ALL} for key in chosen
+            {"column": key, "values": [*{line[key]: None for line in lines}], "all": ALL}
+            for key in chosen
         ],
         "columns": [asdict(column) for column in columns],
         "rows": [{key: plain(value) for key, value in line.items()} for line in lines],
@@ -57,6 +56,8 @@ def sweep_payload(sweep: SweepFolder) -> dict[str, Any]:
 def sweep_sentences(sweep: SweepFolder) -> list[str]:
     """Which learners are ahead of the first baseline over all runs, and which are behind."""
     lines = sweep.comparisons.to_dict(orient="records")
+    if not lines:
+        return ["No learner was compared with another: name baselines under `sweep.compare`."]
     baseline = lines[0]["baseline"]
     lines = [line for line in lines if line["baseline"] == baseline]
     for key in sweep.keys:

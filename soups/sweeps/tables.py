@@ -20,9 +20,9 @@ from inputs.config import DataConfig
 from inputs.files import write_whole
 from soups.config import LearnConfig, SweepConfig
 from soups.hierarchy import PairedRun, draws, hierarchical_interval
-from soups.leaderboard import REPORT, load_predictions
 from soups.readings import count_readings, earlier_readings
 from soups.record import fingerprint
+from soups.rows import REPORT, load_predictions
 from soups.statistics import Interval
 from soups.sweeps.caption import caption
 from soups.sweeps.pictures import plot_comparisons

@@ -117,6 +117,9 @@ def whole(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.exit_code == 0, result.output
     assert "predicted peak" in result.stdout
     assert "ensemble_greedy" in result.stdout
+    page = folder / "results" / "small" / "leaderboard.html"
+    assert result.stdout.splitlines()[-1] == f"Open {page} in a browser."
+    assert "plus" in page.read_text()
     return folder / "results" / "small"
 
 

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
-from soups.leaderboard import CrossFitted, Metrics, Row
 from soups.overfitting_plot import plot_overfitting
+from soups.rows import CrossFitted, Metrics, Row
 
 
 def row(learner: str, count: int | None, apart: float, error: float | None = 0.01) -> Row:

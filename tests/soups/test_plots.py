@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from merge.coefficients import Coefficients, Ingredient
-from soups.leaderboard import Metrics, Row
 from soups.plots import plot_coefficients, plot_leaderboard
+from soups.rows import Metrics, Row
 from soups.significance import Difference
 from soups.statistics import Interval
 
@@ -227,7 +227,7 @@ def test_pictures_leave_pyplot_alone(tmp_path):
     code = (
         "import sys; import soups.plots\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "from soups.leaderboard import Metrics, Row\n"
+        "from soups.rows import Metrics, Row\n"
         "scores = Metrics(*[0.5] * 8)\n"
         "row = Row('a', 'soup', ('00',), 4, select=scores, report=scores)\n"
         "soups.plots.plot_leaderboard([row], sys.argv[1])\n"

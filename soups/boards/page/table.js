@@ -199,6 +199,7 @@ class Table {
 
   axis(column) {
     const { low, high } = this.scale(column);
+    if (!isNumber(low)) return null;
     const text = (value) => (value === 0 ? "0" : written(column.kind, value).replace(/(\.\d)\d$/, "$1"));
     return element("span", { class: "axis", "aria-hidden": "true" }, element("span", {}, text(low)), element("span", {}, text(high)));
   }

@@ -10,7 +10,7 @@ import pytest
 
 from soups.boards.folders import RunFolder, SweepFolder, read_folders, read_run
 from soups.errors import SoupError
-from soups.leaderboard import save_predictions
+from soups.rows import save_predictions
 from tests.soups.boards.conftest import IMAGES, ROWS, WriteRun, shares
 
 

@@ -247,6 +247,15 @@ def test_a_sweep_without_its_runs_has_no_means(write_sweep: Callable[[], Path]):
     }
 
 
+def test_a_sweep_in_which_nothing_was_compared(write_sweep: Callable[[], Path]):
+    folder = write_sweep()
+    path = folder / "comparisons.csv"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    found = parsed(write_page(folder))
+    assert "No learner was compared with another" in "".join(found.texts["p"])
+    assert found.data["sweeps"][0]["rows"] == []
+
+
 def test_the_same_folders_give_the_same_page(write_run: WriteRun, tmp_path: Path):
     folder = write_run()
     first, second = (write_boards([folder], tmp_path / k, quoted=True).files for k in "ab")

@@ -45,7 +45,7 @@ def show(browser: Browser) -> Iterator[Callable[..., Page]]:
     asked: list[str] = []
     contexts = []
 
-    def show(path: Path, *, width: int = 1280, scheme: str = "light") -> Page:
+    def show(path: Path, *, width: int = 1280, scheme: str = "light", rows: int = 1) -> Page:
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, offline=False
         )
@@ -55,7 +55,7 @@ def show(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("tbody tr")
+        page.wait_for_selector("tbody tr" if rows else "table", state="attached")
         return page
 
     yield show
@@ -285,6 +285,15 @@ def test_choosing_the_runs_of_a_sweep(show: Callable[..., Page], write_sweep: Ca
     cells = page.locator("tbody tr").first.locator("td .value").all_text_contents()
     assert cells[:1] == ["+0.50"]
     assert page.locator(".bar.better").count() == 2
+
+
+def test_a_sweep_without_comparisons(show: Callable[..., Page], write_sweep: Callable[[], Path]):
+    folder = write_sweep()
+    (folder / "comparisons.csv").write_text(
+        (folder / "comparisons.csv").read_text().splitlines()[0] + "\n"
+    )
+    page = show(write_page(folder), rows=0)
+    assert page.locator(".count").text_content() == "0 rows"
 
 
 @pytest.mark.parametrize("width", [1280, 390])
