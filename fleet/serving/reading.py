@@ -57,7 +57,7 @@ class PartsUnit:
         for digest, place in self._places.items():
             if place.path not in seen:
                 seen.add(place.path)
-                if self.packs.place(digest) != place:
+                if not self.packs.is_still(digest, place):
                     self._places = None
                     return self._checked_places()
         return self._places
