@@ -46,7 +46,10 @@ logger = logging.getLogger(__name__)
 
 # Relative errors that are tried where an accuracy is to be kept; beyond the last a tensor may as
 # well be the base's.
-LADDER = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.45, 0.65, 0.8, 0.9)
+LADDER = (
+    *(0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4),
+    *(0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9),
+)
 # At which of them it is decided what nodes hold: signs leave about 0.6.
 PLANNED = 0.65
 COLUMNS = (
