@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inputs.files import write_whole
-from soups.leaderboard import Row, ranked
+from soups.leaderboard import Row, baselines_of, ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,8 @@ def plot_leaderboard(rows: Sequence[Row], path: str | Path) -> Figure:
             zorder=3,
             label=f"{kind}: select",
         )
-    baseline = next((row for row in rows if row.learner == row.baseline), None)
+    baselines = baselines_of(rows)
+    baseline = next((row for row in rows if row.learner in baselines[:1]), None)
     if baseline is not None:
         axes.axvline(
             100 * baseline.report.accuracy,

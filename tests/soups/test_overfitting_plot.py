@@ -15,7 +15,7 @@ from soups.overfitting_plot import plot_overfitting
 
 
 def row(learner: str, count: int | None, apart: float, error: float | None = 0.01) -> Row:
-    scores = Metrics(0.8, 0.5, 0.5, 0.5, 0.1, 0.1)
+    scores = Metrics(0.8, 0.5, 0.5, 0.5, 0.1, 0.1, 0.2, 0.2)
     found = CrossFitted(0.8 - apart, 5, standard_error=error)
     return Row(
         learner,

@@ -13,6 +13,7 @@ from PIL import Image
 from merge.coefficients import Coefficients, Ingredient
 from soups.leaderboard import Metrics, Row
 from soups.plots import plot_coefficients, plot_leaderboard
+from soups.significance import Difference
 from soups.statistics import Interval
 
 
@@ -183,16 +184,17 @@ def row(
     *,
     interval: bool = True,
 ) -> Row:
-    score = Metrics(accuracy, 0.5, 0.5, 0.5, 0.1, 0.1)
+    against = Difference("best_single", accuracy - 0.8, Interval(-0.1, 0.1), 0.5, 1.0)
+    score = Metrics(accuracy, 0.5, 0.5, 0.5, 0.1, 0.1, 0.2, 0.2)
     return Row(
         learner,
         kind,
         ("00",),
         4,
-        select=Metrics(accuracy + 0.01, 0.5, 0.5, 0.5, 0.1, 0.1),
+        select=Metrics(accuracy + 0.01, 0.5, 0.5, 0.5, 0.1, 0.1, 0.2, 0.2),
         report=score,
         interval=Interval(accuracy - 0.02, accuracy + 0.02) if interval else None,
-        baseline="best_single" if interval else "",
+        differences=(against,) if interval else (),
     )
 
 
@@ -226,7 +228,7 @@ def test_pictures_leave_pyplot_alone(tmp_path):
         "import sys; import soups.plots\n"
         "assert 'matplotlib' not in sys.modules\n"
         "from soups.leaderboard import Metrics, Row\n"
-        "scores = Metrics(0.5, 0.5, 0.5, 0.5, 0.1, 0.1)\n"
+        "scores = Metrics(*[0.5] * 8)\n"
         "row = Row('a', 'soup', ('00',), 4, select=scores, report=scores)\n"
         "soups.plots.plot_leaderboard([row], sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

@@ -8,8 +8,10 @@ import pytest
 from soups.statistics import Interval
 from soups.sweeps.pictures import plot_comparisons
 from soups.sweeps.tables import Comparison
+from soups.variance import Spread
 
 LEARNERS = ("uniform", "learned_layerwise", "mehl_layerwise", "pooled", "best_single+select")
+NO_SPREAD = Spread(None, None, None, 0.01)
 
 
 def comparisons(zoos: tuple[str, ...], axes: dict[str, list[str]]) -> list[Comparison]:
@@ -19,7 +21,9 @@ def comparisons(zoos: tuple[str, ...], axes: dict[str, list[str]]) -> list[Compa
         for values in dict.fromkeys([(), *itertools.product(*axes.values())]):
             fixed = dict(zip(axes, values, strict=False)) if values else {}
             interval = Interval(mean - 0.004, mean + 0.006)
-            found.append(Comparison("greedy", learner, zoo, fixed, 9, 3, 2, mean, interval))
+            found.append(
+                Comparison("greedy", learner, zoo, fixed, 9, 3, 2, mean, interval, NO_SPREAD)
+            )
     return found
 
 
