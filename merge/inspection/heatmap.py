@@ -15,6 +15,7 @@ from inputs.figures import (
     INK,
     ORANGE,
     PALE,
+    SEQUENTIAL,
     SMALL,
     TITLE,
     clean_axes,
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 LONGEST_NAME = 26
+SHORT_NAME = 2
 MOST_NUMBERS = 12  # more models than this, and the numbers in the cells are left out
 LEAST_REACH = 0.1
-# Signs of deltas that have nothing to do with each other are opposite in half of the elements.
-BY_CHANCE = 50.0
 
 Pairs = Float64[np.ndarray, "models models"]
 
@@ -52,19 +52,22 @@ def plot_inspection(tables: Mapping[str, DataFrame]) -> Figure:
     layers = tables["layers"]
     anchored = "sign conflict" in layers.columns
     maps = 2 if anchored and len(names) > 1 else 1
-    side = min(max(0.3 * len(names), 2.6), 7.0)
+    side = min(max(0.25 * len(names), 2.6), 7.0)
     tall = min(max(0.2 * len(layers), 2.4), 12.0)
     figure = new_figure(maps * (side + 0.9) + 5.6, max(side, tall) + 1.3)
     panels = figure.subplots(1, maps + 1, width_ratios=[*[side + 0.9] * maps, 4.0])
     reach = _reach(cosines)
-    title = f"cosine of deltas to {'the base' if anchored else 'the mean'}"
-    _draw_map(panels[0], names, cosines, title, middle=0.0, reach=reach, form="{:.2f}")
+    _draw_map(panels[0], names, cosines, (-reach, reach), DIVERGING, form="{:.2f}")
+    anchor = "the base" if anchored else "the mean"
+    panels[0].set_title(f"cosine of deltas to {anchor}", loc="left", fontsize=TITLE)
     _name_models(panels[0], names)
     if maps == 2:
         percent = 100 * _opposed(tables["pairs"], names)
-        reach = max(2.0, math.ceil(_reach(percent - BY_CHANCE)))
-        title = "opposite signs, % of elements"
-        _draw_map(panels[1], names, percent, title, middle=BY_CHANCE, reach=reach, form="{:.0f}")
+        low = float(math.floor(np.nanmin(percent)))
+        high = max(float(math.ceil(np.nanmax(percent))), low + 1)
+        _draw_map(panels[1], names, percent, (low, high), SEQUENTIAL, form="{:.0f}")
+        title = "opposite signs, % of elements (by chance 50)"
+        panels[1].set_title(title, loc="left", fontsize=TITLE)
         panels[1].set_yticks([])
     _draw_layers(panels[-1], layers, models=len(names))
     if panels[-1].get_legend_handles_labels()[1]:
@@ -86,40 +89,43 @@ def _draw_map(
     axes: Axes,
     names: Sequence[str],
     values: Pairs,
-    title: str,
+    ends: tuple[float, float],
+    colours: str,
     *,
-    middle: float,
-    reach: float,
     form: str,
 ) -> None:
-    """Pairs as colours, white in the `middle`; as numbers too where there is room."""
+    """Pairs as colours between the `ends`; as numbers too where there is room."""
     from matplotlib.colors import Normalize
 
     axes.set_facecolor(PALE)
-    norm = Normalize(middle - reach, middle + reach)
-    image = axes.imshow(values, cmap=DIVERGING, norm=norm, interpolation="nearest")
-    axes.set_title(title, loc="left", fontsize=TITLE)
+    image = axes.imshow(values, cmap=colours, norm=Normalize(*ends), interpolation="nearest")
     size = SMALL if len(names) <= 20 else 6.5
-    axes.set_xticks(range(len(names)), map(str, range(1, len(names) + 1)), fontsize=size)
+    short = max(map(len, names)) <= SHORT_NAME
+    below = names if short else [str(k) for k in range(1, len(names) + 1)]
+    axes.set_xticks(range(len(names)), below, fontsize=size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if len(names) <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                colour = "white" if abs(value - middle) > 0.65 * reach else INK
+                red, green, blue, _ = image.to_rgba(value)
+                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+                colour = "white" if dark else INK
                 text = form.format(round(float(value), 2) + 0)  # + 0: no -0.00
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     assert axes.figure is not None
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.7, pad=0.03, aspect=24)
-    bar.set_ticks([middle + share * reach for share in (-1, -0.5, 0, 0.5, 1)])
+    bar.set_ticks([ends[0] + share * (ends[1] - ends[0]) for share in (0, 0.25, 0.5, 0.75, 1)])
     quiet_bar(bar)
 
 
 def _name_models(axes: Axes, names: Sequence[str]) -> None:
-    """Names and numbers on the left, numbers below; names are long, and columns narrow."""
+    """Names on the left; with the numbers that stand below where names are too long for that."""
     size = SMALL if len(names) <= 20 else 6.5
-    numbered = [f"{elided(name, LONGEST_NAME)}  {k}" for k, name in enumerate(names, 1)]
-    axes.set_yticks(range(len(names)), numbered, fontsize=size)
+    labels = [elided(name, LONGEST_NAME) for name in names]
+    if max(map(len, names)) > SHORT_NAME:
+        labels = [f"{label}  {k}" for k, label in enumerate(labels, 1)]
+    axes.set_yticks(range(len(names)), labels, fontsize=size)
 
 
 def _draw_layers(axes: Axes, layers: DataFrame, *, models: int) -> None:

@@ -65,7 +65,7 @@ def draw_subsets(rows: Sequence[Mapping[str, Any]], remark: str) -> Figure:
         grid_lines(axes, "y")
         clean_axes(axes)
     left.set_xlabel("ingredients, the best on select first", fontsize=LABEL)
-    right.set_xlabel("of the best ingredients, how many are taken out", fontsize=LABEL)
+    right.set_xlabel("how many of the best are taken out", fontsize=LABEL)
     left.set_ylabel("accuracy on report, %", fontsize=LABEL)
     left.set_title("soups of the best n", loc="left", fontsize=TITLE)
     right.set_title("soups without the best n", loc="left", fontsize=TITLE)

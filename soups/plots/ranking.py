@@ -18,6 +18,7 @@ from inputs.figures import (
     grid_lines,
     legend_below,
     new_figure,
+    remark_above,
     row_height,
 )
 from soups.plots.reading import read_leaderboard
@@ -100,18 +101,17 @@ def costs(folder: str | Path) -> Figure:
         axes.barh(positions, values, height=0.72, color=colours)
         axes.barh(positions, more, left=values, height=0.72, color=colours, alpha=0.3)
         texts = [
-            f"{value:.3g} + {extra:.3g}" if extra else f"{value:.3g}"
+            f"{_short(value)} + {_short(extra)}" if extra else _short(value)
             for value, extra in zip(values, more, strict=True)
         ]
         _write_beside(axes, positions, values + more, texts)
         axes.set_xlabel(label)
     memory = rows["peak_bytes"].to_numpy() / 2**30
     panels[2].barh(positions, memory, height=0.72, color=colours)
-    _write_beside(panels[2], positions, memory, [f"{value:.3g}" for value in memory])
+    _write_beside(panels[2], positions, memory, [_short(value) for value in memory])
     panels[2].set_xlabel("peak memory of the process, GiB")
     for axes in panels:
-        axes.margins(x=0.32)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.35 * max((axes.dataLim.x1, 1e-9)))
         axes.locator_params(axis="x", nbins=5)
         axes.tick_params(axis="x", labelsize=SMALL)
         grid_lines(axes, "x")
@@ -124,7 +124,14 @@ def costs(folder: str | Path) -> Figure:
     if any(more.fillna(0.0).any() for more in beside):
         panels[0].barh([0], [0], color=BLUE, alpha=0.3, label="+ cross-fitting it, for the table")
     legend_below(figure, [panels[0]], columns_at_most=3)
+    if rows["learner"].str.startswith("ensemble_").any():
+        remark_above(figure, "ensembles cost nothing to choose: each prediction runs all of them")
     return figure
+
+
+def _short(number: float) -> str:
+    """Two digits behind the point, or none of a large number."""
+    return f"{number:.2f}".rstrip("0").rstrip(".") if number < 10 else f"{number:,.0f}"
 
 
 def _write_beside(axes: Axes, y: np.ndarray, ends: np.ndarray, texts: list[str]) -> None:

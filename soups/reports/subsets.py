@@ -148,7 +148,7 @@ def soups_of(found: Mapping[str, Any], names: Sequence[str]) -> Iterator[Soup]:
         yield Soup(REMOVED, removed, "greedy", frozenset(kept[removed]))
     for which, random in enumerate(found["random_orders"]):
         members = [number[name] for name in random]
-        for count in range(1, len(members)):
+        for count in range(1, len(members) + 1):
             yield Soup(RANDOM, count, "uniform", frozenset(members[:count]), which)
 
 
