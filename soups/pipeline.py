@@ -19,11 +19,13 @@ from soups.barrier import probe_midpoints
 from soups.checks import select_problems
 from soups.config import LearnConfig
 from soups.cross_fitting import cross_fit_rows, keep_own, with_out_of_fold
-from soups.entries import evaluate_entries, soup_entry
+from soups.entries import evaluate_entries, report_examples, soup_entry
 from soups.errors import SoupError
+from soups.examples import FILE as EXAMPLES
 from soups.ingredients import find_ingredients, open_zoo
 from soups.kitchen import cook_soup
 from soups.leaderboard import (
+    REPORT,
     Row,
     save_predictions,
     terminal_table,
@@ -324,7 +326,7 @@ def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
     # Learning is over: from here on, and only here, *report* is read.
     report = load_report_data(config.data, memory_budget=config.memory_budget)
     if this.session.in_use is not None and this.session.device.type == "cpu":
-        images = report["report"]  # shifted ones are made as they are read
+        images = report[REPORT]  # shifted ones are made as they are read
         this.session.in_use += len(images) * images.pixels(torch.arange(1)).nbytes
     evaluated = evaluate_entries(this, entries, {"select": this.data.select, **report})
     rows = [row for row, _ in evaluated]
@@ -333,14 +335,15 @@ def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
     rows = with_intervals(rows, predictions, baseline=next(iter(singles), None), seed=config.seed)
     rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
-    judge_reports(this, soups, report["report"])
+    report_examples(this, [*predictions], report[REPORT]).save(folder / EXAMPLES)
+    judge_reports(this, soups, report[REPORT])
     this.session.release()
     write_leaderboard(
         rows,
         folder,
         data=config.data.path,
         select_examples=len(this.data.select),
-        report_examples=len(report["report"]),
+        report_examples=len(report[REPORT]),
     )
     this.record.save()
     if config.pictures:
