@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -106,10 +106,11 @@ def _notes(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def evaluate_entries(
-    this: Run, entries: Sequence[Entry], sets: Sets
+    this: Run, entries: Sequence[Entry], sets: Sets, scored: Callable[[Sequence[str]], None]
 ) -> list[tuple[Row, dict[str, np.ndarray]]]:
     """The rows' metrics, and whether each example is right; what is finished is not run again.
 
+    `scored` is told which rows are to be run, before they are.
     All models that are to be run go over the images together, from the weights in their files; so
     do the ingredients of the ensembles. Each row is on record once its chunk is through.
     """
@@ -121,6 +122,7 @@ def evaluate_entries(
         for entry in entries
     }
     todo = [e for e in entries if not this.steps.is_done(f"evaluate/{e.row}", inputs[e.row])]
+    scored([entry.row for entry in todo])
     for entry, logits in _all_logits(this, todo, sets):
         _finish(this, entry, inputs[entry.row], logits, sets)
     this.session.release()

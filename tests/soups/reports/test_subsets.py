@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from soups import pipeline
+from soups import pipeline, report_door
 from soups.learners.registry import Greedy
 from soups.learners.selection import greedy_members
 from soups.reports import subsets as module
@@ -89,9 +89,9 @@ def run(kitchen, output, **changes):
 
 def test_what_is_chosen_is_chosen_on_select_and_judged_on_report(kitchen, tmp_path, monkeypatch):
     order = []
-    load = pipeline.load_report_data
+    load = report_door.load_report_data
     monkeypatch.setattr(
-        pipeline, "load_report_data", lambda *a, **k: order.append("opened") or load(*a, **k)
+        report_door, "load_report_data", lambda *a, **k: order.append("opened") or load(*a, **k)
     )
     images = []
     scored = module.run_soups
