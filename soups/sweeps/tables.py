@@ -93,7 +93,7 @@ def read_run(folder: Path, labels: Mapping[str, str], config: LearnConfig) -> Ru
     predictions = load_predictions(folder / "predictions.npz")
     right = {learner: sets[REPORT] for learner, sets in predictions.items()}
     readings = count_readings(earlier_readings(folder / "run.json"))
-    return RunResult(labels, rows, right, _report_images(config.data), readings.times)
+    return RunResult(labels, rows, right, report_images(config.data), readings.times)
 
 
 def write_tables(folder: Path, runs: Sequence[RunResult], settings: SweepConfig) -> str:
@@ -296,7 +296,7 @@ def _csv(header: Sequence[str], lines: Sequence[Sequence]) -> str:
     return text.getvalue()
 
 
-def _report_images(data: DataConfig) -> str:
+def report_images(data: DataConfig) -> str:
     """What decides which images *report* has, and in which order."""
     takers = ["report"]
     if data.report.source in (data.fit.source, data.tune.source, data.select.source):
