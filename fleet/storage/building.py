@@ -314,7 +314,8 @@ def _begun(store: Store, fingerprint: str, out: Path) -> list[Domain]:
 def _fingerprint(config: BuildConfig, zoo: Zoo, bottlenecks: Mapping[str, Path]) -> str:
     """Of the settings that decide the store, and of the files by size and time."""
     settings = config.model_dump(mode="json", exclude={"memory_budget"})
-    files = {name: bottleneck_files(path) for name, path in bottlenecks.items()}
+    files: dict[str, Sequence[Path]] = {}
+    files |= {name: bottleneck_files(path) for name, path in bottlenecks.items()}
     for name in (BASE, *zoo.names):
         files[name] = (zoo.base if name == BASE else zoo.open(name)).files
     seen = {

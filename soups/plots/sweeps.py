@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from inputs.config import nearest
 from inputs.figures import (
@@ -23,6 +23,7 @@ from soups.errors import SoupError
 from soups.plots.reading import LEARN, needed, read_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -61,16 +62,18 @@ def comparisons(folder: str | Path, baseline: str | None = None) -> Figure:
     runs = read_table(
         needed(folder / "runs.csv", "the runs of a sweep", remedy), texts=("learner", "kind")
     )
-    soups = set(runs.loc[runs["kind"] == "soup", "learner"])
+    soups = [*dict.fromkeys(runs["learner"][runs["kind"] == "soup"])]
     known = [*dict.fromkeys(table["baseline"])]
-    baseline = baseline or next(iter(known), None)
+    baseline = baseline or str(next(iter(known), ""))
     if baseline not in known:
         raise SoupError(
             f"{path}: has no baseline {baseline!r}{nearest(baseline, known)}; name it in "
             f"sweep.compare, and run {LEARN} again"
         )
     zoo, axes = texts[2], texts[3:]
-    own = table[(table["baseline"] == baseline) & table["learner"].isin(soups)]
+    own = cast(
+        "pd.DataFrame", table[(table["baseline"] == baseline) & table["learner"].isin(soups)]
+    )
     found = [
         Compared(
             learner=row["learner"],
