@@ -29,7 +29,6 @@ from soups.kitchen import cook_soup
 from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
-from soups.overfitting_plot import plot_overfitting
 from soups.plan import (
     Costs,
     RowPlan,
@@ -39,12 +38,12 @@ from soups.plan import (
     plan_learners,
     plan_table,
 )
-from soups.plots import plot_coefficients, plot_leaderboard
+from soups.plots.writing import write_pictures
 from soups.readings import count_readings, earlier_readings, keep_readings
 from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
 from soups.references import references
 from soups.report_door import Report, open_report, shut
-from soups.reports.making import make_reports
+from soups.reports.making import judge_reports, make_reports
 from soups.reports.points import report_problems
 from soups.rows import REPORT, Row, save_predictions, with_intervals
 from soups.run import Run
@@ -88,10 +87,10 @@ def run(
             entries += references(this, soups)
         # Learning is over: from here on, and only here, *report* is read.
         report = open_report(config, this.record, who=f"the leaderboard of {config.name}")
-        rows = _leaderboard(this, entries, report)
+        rows = _leaderboard(this, entries, soups, report)
         this.record.save()
         if config.pictures:
-            _draw(this, rows, soups)
+            write_pictures(folder)
             write_page(folder)
     say(terminal_table(rows))
     say(f"\n{readings_text(count_readings(report.readings))}")
@@ -336,7 +335,9 @@ def _cook(this: Run, row: str, coefficients: Coefficients) -> None:
 # --- the table -----------------------------------------------------------------------------------
 
 
-def _leaderboard(this: Run, entries: Sequence[Entry], report: Report) -> list[Row]:
+def _leaderboard(
+    this: Run, entries: Sequence[Entry], soups: Mapping[str, Coefficients], report: Report
+) -> list[Row]:
     """Evaluate every row on *select* and on the report sets; write tables and predictions."""
     config, folder = this.config, this.folder
     images = report.sets[REPORT]  # shifted ones are made as they are read
@@ -352,6 +353,8 @@ def _leaderboard(this: Run, entries: Sequence[Entry], report: Report) -> list[Ro
     rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
     report_examples(this, [*predictions], images).save(folder / EXAMPLES)
+    judge_reports(this, soups, report)
+    this.session.release()
     setting = Setting(
         data=config.data.path,
         select_examples=len(this.data.select),
@@ -361,15 +364,3 @@ def _leaderboard(this: Run, entries: Sequence[Entry], report: Report) -> list[Ro
     )
     write_leaderboard(rows, folder, setting)
     return rows
-
-
-def _draw(this: Run, rows: Sequence[Row], soups: Mapping[str, Coefficients]) -> None:
-    """The leaderboard, what cross-fitting has found, and every soup's coefficients."""
-    pictures = this.folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    plot_leaderboard(rows, pictures / "leaderboard.png")
-    if any(row.out_of_fold for row in rows):
-        plot_overfitting(rows, pictures / "overfitting.png")
-    for row, soup in soups.items():
-        weights = this.steps.result(f"learn/{row}")["record"].get("weights", ())
-        plot_coefficients(soup, pictures / f"coefficients_{row}.png", weights=weights)

@@ -17,7 +17,7 @@ from soups.boards.formats import shown_columns
 from soups.boards.images import image_sets, outcomes
 from soups.boards.joining import Task
 from soups.boards.standing import Standing
-from soups.plots import BUFFER_GROUP
+from soups.plots.learned import BUFFER_GROUP
 
 if TYPE_CHECKING:
     from merge.coefficients import Coefficients
