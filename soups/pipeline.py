@@ -16,6 +16,7 @@ from inputs.data import LearningData, load_learning_data
 from inputs.models import build_model
 from merge.coefficients import Coefficients
 from soups.barrier import probe_midpoints
+from soups.boards.making import PAGE, write_page
 from soups.caption import Setting, readings_text
 from soups.checks import select_problems
 from soups.config import LearnConfig
@@ -25,11 +26,9 @@ from soups.errors import SoupError
 from soups.examples import FILE as EXAMPLES
 from soups.ingredients import find_ingredients, open_zoo
 from soups.kitchen import cook_soup
-from soups.leaderboard import REPORT, Row, save_predictions, with_intervals
 from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
-from soups.overfitting_plot import plot_overfitting
 from soups.plan import (
     Costs,
     RowPlan,
@@ -39,13 +38,14 @@ from soups.plan import (
     plan_learners,
     plan_table,
 )
-from soups.plots import plot_coefficients, plot_leaderboard
+from soups.plots.writing import write_pictures
 from soups.readings import count_readings, earlier_readings, keep_readings
 from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
 from soups.references import references
 from soups.report_door import Report, open_report, shut
-from soups.reports.making import make_reports
+from soups.reports.making import judge_reports, make_reports
 from soups.reports.points import report_problems
+from soups.rows import REPORT, Row, save_predictions, with_intervals
 from soups.run import Run
 from soups.session import Session
 from soups.statistics import accuracy, correctness
@@ -87,16 +87,19 @@ def run(
             entries += references(this, soups)
         # Learning is over: from here on, and only here, *report* is read.
         report = open_report(config, this.record, who=f"the leaderboard of {config.name}")
-        rows = _leaderboard(this, entries, report)
-        if config.pictures:
-            _draw(this, rows, soups)
+        rows = _leaderboard(this, entries, soups, report)
         this.record.save()
+        if config.pictures:
+            write_pictures(folder)
+            write_page(folder)
     say(terminal_table(rows))
     say(f"\n{MARKS}\n{readings_text(count_readings(report.readings))}")
     found = ["leaderboard.md", "leaderboard.csv", "examples.npz", "run.json"]
     found += ["coefficients/", "soups/"]
     found += ["pictures/"] * config.pictures + ["reports/"] * bool(config.reports)
     say(f"\n{folder}: {', '.join(found)}")
+    if config.pictures:
+        say(f"Open {folder / PAGE} in a browser.")
     return rows
 
 
@@ -333,7 +336,9 @@ def _cook(this: Run, row: str, coefficients: Coefficients) -> None:
 # --- the table -----------------------------------------------------------------------------------
 
 
-def _leaderboard(this: Run, entries: Sequence[Entry], report: Report) -> list[Row]:
+def _leaderboard(
+    this: Run, entries: Sequence[Entry], soups: Mapping[str, Coefficients], report: Report
+) -> list[Row]:
     """Evaluate every row on *select* and on the report sets; write tables and predictions."""
     config, folder = this.config, this.folder
     images = report.sets[REPORT]  # shifted ones are made as they are read
@@ -348,6 +353,8 @@ def _leaderboard(this: Run, entries: Sequence[Entry], report: Report) -> list[Ro
     rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
     report_examples(this, [*predictions], images).save(folder / EXAMPLES)
+    judge_reports(this, soups, report)
+    this.session.release()
     setting = Setting(
         data=config.data.path,
         select_examples=len(this.data.select),
@@ -363,15 +370,3 @@ def baseline_rows(learners: Mapping[str, LearnerSettings]) -> list[str]:
     """The rows that all others are compared with."""
     first = {settings.type: row for row, settings in reversed(learners.items())}
     return [first[kind] for kind in BASELINES if kind in first]
-
-
-def _draw(this: Run, rows: Sequence[Row], soups: Mapping[str, Coefficients]) -> None:
-    """The leaderboard, what cross-fitting has found, and every soup's coefficients."""
-    pictures = this.folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    plot_leaderboard(rows, pictures / "leaderboard.png")
-    if any(row.out_of_fold for row in rows):
-        plot_overfitting(rows, pictures / "overfitting.png")
-    for row, soup in soups.items():
-        weights = this.steps.result(f"learn/{row}")["record"].get("weights", ())
-        plot_coefficients(soup, pictures / f"coefficients_{row}.png", weights=weights)

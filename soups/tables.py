@@ -15,7 +15,7 @@ from tabulate import SEPARATING_LINE, tabulate
 from inputs.budget import format_bytes
 from inputs.files import write_whole
 from soups.caption import Setting, caption
-from soups.leaderboard import (
+from soups.rows import (
     REPORT,
     CrossFitted,
     Metrics,

@@ -17,18 +17,18 @@ from jaxtyping import Bool
 from tabulate import tabulate
 
 from inputs.config import DataConfig
+from inputs.figures import picture_files, save_figure
 from inputs.files import write_whole
 from soups.config import LearnConfig, SweepConfig
 from soups.hierarchy import PairedRun, draws, hierarchical_interval
-from soups.leaderboard import REPORT, load_predictions
+from soups.plots.sweeps import ALL, comparisons
 from soups.readings import count_readings, earlier_readings
 from soups.record import fingerprint
+from soups.rows import REPORT, load_predictions
 from soups.statistics import Interval
 from soups.sweeps.caption import caption
-from soups.sweeps.pictures import plot_comparisons
 from soups.variance import Spread, spread
 
-ALL = "all"
 # Of a run's leaderboard, what its rows in `runs.csv` have.
 COLUMNS = (
     "learner",
@@ -93,7 +93,7 @@ def read_run(folder: Path, labels: Mapping[str, str], config: LearnConfig) -> Ru
     predictions = load_predictions(folder / "predictions.npz")
     right = {learner: sets[REPORT] for learner, sets in predictions.items()}
     readings = count_readings(earlier_readings(folder / "run.json"))
-    return RunResult(labels, rows, right, _report_images(config.data), readings.times)
+    return RunResult(labels, rows, right, report_images(config.data), readings.times)
 
 
 def write_tables(folder: Path, runs: Sequence[RunResult], settings: SweepConfig) -> str:
@@ -106,12 +106,13 @@ def write_tables(folder: Path, runs: Sequence[RunResult], settings: SweepConfig)
     write_whole(folder / "comparisons.md", "\n".join([*parts, caption(runs, settings)]))
     # Models fine-tuned on few images are so far below that soups could not be told apart.
     soups = {row["learner"] for run in runs for row in run.rows if row["kind"] == "soup"}
+    drawn = {one.baseline for one in found if one.learner in soups}
     for baseline in settings.compare:
-        of_baseline = [one for one in found if one.baseline == baseline and one.learner in soups]
         path = folder / "pictures" / f"comparisons_{baseline}.png"
-        path.unlink(missing_ok=True)
-        if of_baseline:
-            plot_comparisons(of_baseline, other_axes(settings), path, all_label=ALL)
+        for file in picture_files(path):
+            file.unlink(missing_ok=True)
+        if baseline in drawn:
+            save_figure(comparisons(folder, baseline), path)
     return text
 
 
@@ -295,7 +296,7 @@ def _csv(header: Sequence[str], lines: Sequence[Sequence]) -> str:
     return text.getvalue()
 
 
-def _report_images(data: DataConfig) -> str:
+def report_images(data: DataConfig) -> str:
     """What decides which images *report* has, and in which order."""
     takers = ["report"]
     if data.report.source in (data.fit.source, data.tune.source, data.select.source):

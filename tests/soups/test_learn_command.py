@@ -117,6 +117,9 @@ def whole(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.exit_code == 0, result.output
     assert "predicted peak" in result.stdout
     assert "ensemble_greedy" in result.stdout
+    page = folder / "results" / "small" / "leaderboard.html"
+    assert result.stdout.splitlines()[-1] == f"Open {page} in a browser."
+    assert "plus" in page.read_text()
     return folder / "results" / "small"
 
 
@@ -132,7 +135,7 @@ def test_the_leaderboard_has_all_rows(whole: Path):
         assert (whole / "soups" / f"{row}.safetensors").is_file()
         picture = (whole / "pictures" / f"coefficients_{row}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-    for picture in ("leaderboard.png", "overfitting.png"):
+    for picture in ("leaderboard.png", "overfitting.png", "costs.png"):
         assert (whole / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,46 +1,39 @@
 """The picture of a sweep: what is drawn where."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 
-from soups.statistics import Interval
-from soups.sweeps.pictures import plot_comparisons
-from soups.sweeps.tables import Comparison
-from soups.variance import Spread
+from soups.plots.sweeps import Compared, draw_comparisons
 
 LEARNERS = ("uniform", "learned_layerwise", "mehl_layerwise", "pooled", "best_single+select")
-NO_SPREAD = Spread(None, None, None, 0.01)
 
 
-def comparisons(zoos: tuple[str, ...], axes: dict[str, list[str]]) -> list[Comparison]:
+def comparisons(zoos: tuple[str, ...], axes: dict[str, list[str]]) -> list[Compared]:
     found = []
     for zoo, learner in itertools.product(zoos, LEARNERS):
-        mean = 0.01 * LEARNERS.index(learner) - 0.02 * zoos.index(zoo)
+        mean = 1.0 * LEARNERS.index(learner) - 2.0 * zoos.index(zoo)
         for values in dict.fromkeys([(), *itertools.product(*axes.values())]):
             fixed = dict(zip(axes, values, strict=False)) if values else {}
-            interval = Interval(mean - 0.004, mean + 0.006)
-            found.append(
-                Comparison("greedy", learner, zoo, fixed, 9, 3, 2, mean, interval, NO_SPREAD)
-            )
+            found.append(Compared(learner, zoo, fixed, mean, mean - 0.4, mean + 0.6))
     return found
 
 
-def test_every_comparison_has_its_place(tmp_path: Path):
+def test_every_comparison_has_its_place():
     axes = {"images": ["250", "1000", "4000"], "ingredients": ["4", "8"]}
     found = comparisons(("bn", "ln", "all"), axes)
-    figure = plot_comparisons(found, [*axes], tmp_path / "a.png", all_label="all")
+    figure = draw_comparisons(found, "greedy", [*axes])
     panels = figure.axes
     assert [panel.get_title(loc="left") for panel in panels] == [
-        f"{zoo}: images {images}" for zoo in ("bn", "ln") for images in axes["images"]
+        f"{of}, images {n}" for of in ("zoo bn", "zoo ln", "all zoos") for n in axes["images"]
     ]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [*LEARNERS]
-    for panel, zoo in zip(panels, ("bn", "bn", "bn", "ln", "ln", "ln"), strict=True):
+    of_panels = [zoo for zoo in ("bn", "ln", "all") for _ in axes["images"]]
+    for panel, zoo in zip(panels, of_panels, strict=True):
         marks = [line for line in panel.lines if len(line.get_xdata()) == 1]
         assert len(marks) == len(LEARNERS) * 2
         drawn = sorted(float(line.get_xdata()[0]) for line in marks)
-        means = [100 * one.mean for one in found if one.zoo == zoo and not one.fixed]
+        means = [one.mean for one in found if one.zoo == zoo and not one.fixed]
         assert drawn == pytest.approx(sorted(means * 2))
         ends = [segment for c in panel.collections for segment in c.get_segments()]
         assert sorted(end[0][0] for end in ends) == pytest.approx([m - 0.4 for m in drawn])
@@ -56,11 +49,10 @@ def test_every_comparison_has_its_place(tmp_path: Path):
 
 
 @pytest.mark.parametrize("axes", [{}, {"images": ["250", "1000"]}])
-def test_fewer_axes_and_one_zoo(tmp_path: Path, axes: dict[str, list[str]]):
+def test_fewer_axes_and_one_zoo(axes: dict[str, list[str]]):
     found = comparisons(("all",), axes)
-    figure = plot_comparisons(found, [*axes], tmp_path / "a.png", all_label="all")
+    figure = draw_comparisons(found, "greedy", [*axes])
     assert len(figure.axes) == max(1, len(axes.get("images", [])))
     for panel in figure.axes:
         assert len([line for line in panel.lines if len(line.get_xdata()) == 1]) == len(LEARNERS)
     assert not figure.legends
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
