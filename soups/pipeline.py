@@ -366,7 +366,7 @@ def _leaderboard(
     return rows
 
 
-def baseline_rows(learners: Mapping[str, LearnerSettings]) -> list[str]:
+def baseline_rows(learners: dict[str, LearnerSettings]) -> list[str]:
     """The rows that all others are compared with."""
     first = {settings.type: row for row, settings in reversed(learners.items())}
     return [first[kind] for kind in BASELINES if kind in first]
