@@ -12,28 +12,23 @@ from torch import nn
 
 from fleet import Group
 from inputs.command import choose_device
-from inputs.data import LearningData, load_learning_data, load_report_data
+from inputs.data import LearningData, load_learning_data
 from inputs.models import build_model
 from merge.coefficients import Coefficients
 from soups.barrier import probe_midpoints
+from soups.boards.making import PAGE, write_page
+from soups.caption import Setting, readings_text
 from soups.checks import select_problems
 from soups.config import LearnConfig
 from soups.cross_fitting import cross_fit_rows, keep_own, with_out_of_fold
-from soups.entries import evaluate_entries, soup_entry
+from soups.entries import Entry, evaluate_entries, report_examples, soup_entry
 from soups.errors import SoupError
+from soups.examples import FILE as EXAMPLES
 from soups.ingredients import find_ingredients, open_zoo
 from soups.kitchen import cook_soup
-from soups.leaderboard import (
-    Row,
-    save_predictions,
-    terminal_table,
-    with_intervals,
-    write_leaderboard,
-)
 from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
-from soups.overfitting_plot import plot_overfitting
 from soups.plan import (
     Costs,
     RowPlan,
@@ -43,15 +38,22 @@ from soups.plan import (
     plan_learners,
     plan_table,
 )
-from soups.plots import plot_coefficients, plot_leaderboard
+from soups.plots.writing import write_pictures
+from soups.readings import count_readings, earlier_readings, keep_readings
 from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
 from soups.references import references
-from soups.reports.making import make_reports
+from soups.report_door import Report, open_report, shut
+from soups.reports.making import judge_reports, make_reports
 from soups.reports.points import report_problems
+from soups.rows import REPORT, Row, save_predictions, with_intervals
 from soups.run import Run
 from soups.session import Session
 from soups.statistics import accuracy, correctness
+from soups.tables import MARKS, terminal_table, write_leaderboard
 from soups.zoo import make_zoo
+
+# Rows are compared with the first learner of each of these types.
+BASELINES = ("best_single", "greedy")
 
 log = logging.getLogger(__name__)
 
@@ -68,21 +70,36 @@ def run(
     folder = config.output / config.name
     check_writable(folder)
     with locked(folder):
-        this = open_run(config, folder, device, root=root, fresh=fresh, progress=progress)
-        plans = _plan(this, say)
-        this.score_ingredients()
+        with shut(lambda: f"{config.name}, before it learns"):
+            this = open_run(config, folder, device, root=root, fresh=fresh, progress=progress)
+        with shut(lambda: this.session.row or config.name):
+            plans = _plan(this, say)
+            this.score_ingredients()
+            this.record.save()
+            soups = {
+                row: _soup(this, row, settings, plans[row])
+                for row, settings in config.learners.items()
+            }
+            cross_fit_rows(this, {row: plan.block_size for row, plan in plans.items()})
+            make_reports(this, soups)
+            this.session.release()
+            entries = [soup_entry(this, row, soup) for row, soup in soups.items()]
+            entries += references(this, soups)
+        # Learning is over: from here on, and only here, *report* is read.
+        report = open_report(config, this.record, who=f"the leaderboard of {config.name}")
+        rows = _leaderboard(this, entries, soups, report)
         this.record.save()
-        soups = {
-            row: _soup(this, row, settings, plans[row]) for row, settings in config.learners.items()
-        }
-        cross_fit_rows(this, {row: plan.block_size for row, plan in plans.items()})
-        make_reports(this, soups)
-        this.session.release()
-        rows = _leaderboard(this, soups)
+        if config.pictures:
+            write_pictures(folder)
+            write_page(folder)
     say(terminal_table(rows))
-    found = ["leaderboard.md", "leaderboard.csv", "run.json", "coefficients/", "soups/"]
+    say(f"\n{MARKS}\n{readings_text(count_readings(report.readings))}")
+    found = ["leaderboard.md", "leaderboard.csv", "examples.npz", "run.json"]
+    found += ["coefficients/", "soups/"]
     found += ["pictures/"] * config.pictures + ["reports/"] * bool(config.reports)
     say(f"\n{folder}: {', '.join(found)}")
+    if config.pictures:
+        say(f"Open {folder / PAGE} in a browser.")
     return rows
 
 
@@ -134,12 +151,14 @@ def open_run(
         progress=progress,
     )
     steps = Steps(folder, fresh=fresh)
+    readings = earlier_readings(folder / "run.json")
     record = RunRecord(
         folder / "run.json",
         config=config.model_dump(mode="json", by_alias=True),
         seed=config.seed,
         device=_device_name(device),
     )
+    keep_readings(record, readings)
     record.add(
         tensors=zoo.preflight.carried,
         notes=zoo.preflight.notes,
@@ -317,43 +336,37 @@ def _cook(this: Run, row: str, coefficients: Coefficients) -> None:
 # --- the table -----------------------------------------------------------------------------------
 
 
-def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
-    """Evaluate every row on *select* and on the report sets; write tables, pictures, record."""
+def _leaderboard(
+    this: Run, entries: Sequence[Entry], soups: Mapping[str, Coefficients], report: Report
+) -> list[Row]:
+    """Evaluate every row on *select* and on the report sets; write tables and predictions."""
     config, folder = this.config, this.folder
-    entries = [soup_entry(this, row, soup) for row, soup in soups.items()]
-    entries += references(this, soups)
-    # Learning is over: from here on, and only here, *report* is read.
-    report = load_report_data(config.data, memory_budget=config.memory_budget)
+    images = report.sets[REPORT]  # shifted ones are made as they are read
     if this.session.in_use is not None and this.session.device.type == "cpu":
-        images = report["report"]  # shifted ones are made as they are read
         this.session.in_use += len(images) * images.pixels(torch.arange(1)).nbytes
-    evaluated = evaluate_entries(this, entries, {"select": this.data.select, **report})
+    sets = {"select": this.data.select, **report.sets}
+    evaluated = evaluate_entries(this, entries, sets, report.scored)
     rows = [row for row, _ in evaluated]
     predictions = {row.learner: right for row, right in evaluated}
-    singles = [r for r, s in config.learners.items() if s.type == "best_single"]
-    rows = with_intervals(rows, predictions, baseline=next(iter(singles), None), seed=config.seed)
+    baselines = baseline_rows(config.learners)
+    rows = with_intervals(rows, predictions, baselines=baselines, seed=config.seed)
     rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
-    write_leaderboard(
-        rows,
-        folder,
+    report_examples(this, [*predictions], images).save(folder / EXAMPLES)
+    judge_reports(this, soups, report)
+    this.session.release()
+    setting = Setting(
         data=config.data.path,
         select_examples=len(this.data.select),
-        report_examples=len(report["report"]),
+        report_examples=len(images),
+        readings=count_readings(report.readings),
+        diversity=this.diversity,
     )
-    if config.pictures:
-        _draw(this, rows, soups)
-    this.record.save()
+    write_leaderboard(rows, folder, setting)
     return rows
 
 
-def _draw(this: Run, rows: Sequence[Row], soups: Mapping[str, Coefficients]) -> None:
-    """The leaderboard, what cross-fitting has found, and every soup's coefficients."""
-    pictures = this.folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    plot_leaderboard(rows, pictures / "leaderboard.png")
-    if any(row.out_of_fold for row in rows):
-        plot_overfitting(rows, pictures / "overfitting.png")
-    for row, soup in soups.items():
-        weights = this.steps.result(f"learn/{row}")["record"].get("weights", ())
-        plot_coefficients(soup, pictures / f"coefficients_{row}.png", weights=weights)
+def baseline_rows(learners: dict[str, LearnerSettings]) -> list[str]:
+    """The rows that all others are compared with."""
+    first = {settings.type: row for row, settings in reversed(learners.items())}
+    return [first[kind] for kind in BASELINES if kind in first]

@@ -13,7 +13,6 @@ from fleet.errors import FleetError
 from fleet.serving.slots import Tensors
 from fleet.storage.objects import Packs
 from fleet.storage.pack_file import Place
-from fleet.storage.references import tensor_of
 from merge.checkpoints.tensors import tensor_bytes
 
 ALIGNMENT = 64
@@ -69,15 +68,15 @@ class PartsUnit:
         return tensors, sum(place.nbytes for place in places.values())
 
     def _checked_places(self) -> dict[str, Place]:
-        """Where they are; of known ones each tensor is asked for once, which looks at its pack."""
+        """Where they are; of each pack that is known the file is looked at."""
         if self._places is None:
             self._places = {digest: self.packs.place(digest) for digest in self.hashes}
             return self._places
-        seen: set[str] = set()
+        seen: set[Path] = set()
         for digest, place in self._places.items():
-            if tensor_of(digest) not in seen:
-                seen.add(tensor_of(digest))
-                if self.packs.place(digest) != place:
+            if place.path not in seen:
+                seen.add(place.path)
+                if not self.packs.is_still(digest, place):
                     self._places = None
                     return self._checked_places()
         return self._places

@@ -46,7 +46,10 @@ logger = logging.getLogger(__name__)
 
 # Relative errors that are tried where an accuracy is to be kept; beyond the last a tensor may as
 # well be the base's.
-LADDER = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.45, 0.65, 0.8, 0.9)
+LADDER = (
+    *(0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4),
+    *(0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9),
+)
 # At which of them it is decided what nodes hold: signs leave about 0.6.
 PLANNED = 0.65
 COLUMNS = (
@@ -311,7 +314,8 @@ def _begun(store: Store, fingerprint: str, out: Path) -> list[Domain]:
 def _fingerprint(config: BuildConfig, zoo: Zoo, bottlenecks: Mapping[str, Path]) -> str:
     """Of the settings that decide the store, and of the files by size and time."""
     settings = config.model_dump(mode="json", exclude={"memory_budget"})
-    files = {name: bottleneck_files(path) for name, path in bottlenecks.items()}
+    files: dict[str, Sequence[Path]] = {}
+    files |= {name: bottleneck_files(path) for name, path in bottlenecks.items()}
     for name in (BASE, *zoo.names):
         files[name] = (zoo.base if name == BASE else zoo.open(name)).files
     seen = {

@@ -151,6 +151,17 @@ class Packs:
         """Where a tensor lies, in a pack that was checked; FleetError as `read_many`."""
         return self._caught_up(lambda: self._place(reference))
 
+    def is_still(self, reference: str, place: Place) -> bool:
+        """Whether a tensor lies where it was found: its pack is the same, and the file untouched.
+
+        Costs a look at the file, and not its header.
+        """
+        home = self._homes.get(tensor_of(reference))
+        if home is None or self.path(home[0]) != place.path:
+            return False
+        found = check_within(self._root, place.path)
+        return found is not None and self._checked.get(home[0]) == _identity(found)
+
     def read(self, reference: str) -> Shaped[Tensor, ...]:
         """One tensor; FleetError as `read_many`."""
         return self.read_many([reference])[reference]
@@ -293,7 +304,7 @@ class Packs:
         found = check_within(self._root, path)
         if found is None:
             raise FleetError(self._message(pack, "is missing"))
-        identity = (found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+        identity = _identity(found)
         with self._lock:
             checked = self._checked.get(pack) == identity
             if checked and pack in self._headers:
@@ -362,6 +373,10 @@ class Packs:
         except OSError as error:
             what = f"cannot be read ({error.strerror or error})"
             raise FleetError(self._message(pack, what)) from error
+
+
+def _identity(found: os.stat_result) -> Identity:
+    return (found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 
 
 def _note(found: dict[Path, int], entry: os.DirEntry[str]) -> None:

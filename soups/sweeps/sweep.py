@@ -213,6 +213,7 @@ def _write_tables(
     threads: int,
     say: Callable[[str], None],
 ) -> None:
+    from soups.boards.making import write_page
     from soups.sweeps.tables import read_run, write_tables
 
     runs = [read_run(cell.folder, cell.labels, cell.config) for cell in done]
@@ -229,6 +230,7 @@ def _write_tables(
         say(write_tables(sweep.folder, runs, sweep.settings))
         minutes = sum(seconds) / 60
         say(f"\n{sweep.folder}: {len(runs)} runs, {minutes:,.1f} minutes of one worker in all")
+        say(f"Open {write_page(sweep.folder)} in a browser.")
 
 
 def _made_from(config: LearnConfig, inputs: str) -> str:
@@ -238,7 +240,8 @@ def _made_from(config: LearnConfig, inputs: str) -> str:
 
 
 def _is_finished(cell: Cell, made_from: str, keep_soups: bool) -> bool:
-    outputs = ["leaderboard.csv", "predictions.npz", "run.json", *["soups"] * keep_soups]
+    outputs = ["leaderboard.csv", "predictions.npz", "examples.npz", "run.json"]
+    outputs += ["soups"] * keep_soups
     return cell_record(cell.folder).get("made_from") == made_from and all(
         (cell.folder / output).exists() for output in outputs
     )

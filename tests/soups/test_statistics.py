@@ -8,17 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.special import softmax
+from sklearn.metrics import brier_score_loss
 
 from soups.errors import SoupError
 from soups.statistics import (
     TEMPERATURES,
-    PairedRun,
     accuracy,
     bootstrap_interval,
+    brier_score,
     correctness,
     expected_calibration_error,
     fit_temperature,
-    hierarchical_interval,
     negative_log_likelihood,
     paired_difference_interval,
     worst_class_accuracy,
@@ -80,6 +81,27 @@ def test_likelihood_and_calibration_ignore_a_constant(shift):
         assert statistic(logits + shift, labels) == pytest.approx(
             statistic(logits, labels), rel=1e-6, abs=1e-9
         )
+
+
+def test_brier_score_by_hand():
+    # Brier 1950: of a sure forecast 0 or 2, of one that knows nothing of two classes ½.
+    sure = np.array([[1e3, 0.0], [0.0, 1e3], [0.0, 0.0]])
+    assert brier_score(sure[:1], np.array([0])) == 0
+    assert brier_score(sure[:1], np.array([1])) == 2
+    assert brier_score(sure[2:], np.array([1])) == 0.5
+    assert brier_score(sure, np.array([0, 0, 0])) == pytest.approx((0 + 2 + 0.5) / 3)
+
+
+def test_brier_score_of_two_classes_is_twice_that_of_scikit_learn(rng):
+    logits, labels = calibrated(rng, 300, classes=2)
+    probabilities = softmax(logits, axis=1)[:, 1]
+    assert brier_score(logits, labels) == pytest.approx(2 * brier_score_loss(labels, probabilities))
+
+
+def test_brier_score_is_proper(rng):
+    logits, labels = calibrated(rng, 20_000)
+    best = brier_score(logits, labels)
+    assert all(brier_score(factor * logits, labels) > best for factor in (0.7, 1.4))
 
 
 def test_calibration_error_by_hand():
@@ -183,19 +205,30 @@ def test_interval_of_outcomes_that_are_all_alike_is_a_point(right):
     assert bootstrap_interval(np.full(20, right), seed=0) == (float(right), float(right))
 
 
-def test_nominal_95_percent_covers(rng):
-    covered = paired = 0
-    for k in range(400):
-        a = rng.random(500) < 0.8
-        low, high = bootstrap_interval(a, resamples=500, seed=k)
-        covered += low <= 0.8 <= high
-        b = np.where(rng.random(500) < 0.2, rng.random(500) < 0.5, a)
-        # Where b was drawn anew it is right with 0.5 instead of 0.8.
-        low, high = paired_difference_interval(a, b, resamples=500, seed=k)
-        paired += low <= 0.2 * (0.8 - 0.5) <= high
-    # Three standard deviations of a binomial with 400 trials are 3.3%.
-    assert 0.91 <= covered / 400 <= 0.985
-    assert 0.91 <= paired / 400 <= 0.985
+TABLES = 1000
+
+
+@pytest.mark.parametrize(("rows", "p"), [(500, 0.8), (539, 0.96), (10_000, 0.64)])
+def test_a_nominal_95_percent_covers_the_accuracy(rows, p, rng):
+    covered = 0
+    for k in range(TABLES):
+        low, high = bootstrap_interval(rng.random(rows) < p, resamples=1000, seed=k)
+        covered += low <= p <= high
+    assert 0.93 <= covered / TABLES <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("rows", "won", "lost"), [(500, 0.06, 0.04), (539, 0.02, 0.02), (10_000, 0.05, 0.045)]
+)
+def test_a_nominal_95_percent_covers_the_difference(rows, won, lost, rng):
+    covered = 0
+    for k in range(TABLES):
+        drawn = rng.random(rows)
+        both = drawn > 0.5
+        a, b = both | (drawn < won), both | ((drawn >= won) & (drawn < won + lost))
+        low, high = paired_difference_interval(a, b, resamples=1000, seed=k)
+        covered += low <= won - lost <= high
+    assert 0.93 <= covered / TABLES <= 0.97
 
 
 def test_ten_thousand_rows_take_milliseconds(rng):
@@ -218,7 +251,14 @@ def test_ten_thousand_rows_take_milliseconds(rng):
     ],
 )
 @pytest.mark.parametrize(
-    "statistic", [negative_log_likelihood, expected_calibration_error, fit_temperature, correctness]
+    "statistic",
+    [
+        negative_log_likelihood,
+        expected_calibration_error,
+        brier_score,
+        fit_temperature,
+        correctness,
+    ],
 )
 def test_broken_logits_are_refused(statistic, logits, labels, message):
     with pytest.raises(SoupError, match=message):
@@ -243,143 +283,3 @@ def test_broken_logits_are_refused(statistic, logits, labels, message):
 def test_wrong_shapes_and_types_are_refused(call):
     with pytest.raises(REFUSED):
         call()
-
-
-# --- over several runs ---------------------------------------------------------------------------
-
-
-def simulated_runs(
-    rng: np.random.Generator,
-    *,
-    zoos: int = 1,
-    splits: int = 8,
-    images: int = 200,
-    of_zoos: float = 0.0,
-    of_splits: float = 0.0,
-    of_images: float = 0.0,
-    of_draws: float = 0.0,
-    shared: bool = True,
-) -> list[PairedRun]:
-    """Runs of which the true difference is 0: each image is won or lost with probabilities that
-    its zoo, its split (in one zoo, and as one draw for all zoos) and (where it is shared) the image
-    itself change."""
-    runs = []
-    common = of_images * rng.normal(size=images)
-    draws = of_draws * rng.normal(size=splits)
-    for zoo in range(zoos):
-        of_zoo = of_zoos * rng.normal()
-        for split in range(splits):
-            effect = of_zoo + draws[split] + of_splits * rng.normal()
-            own = common if shared else of_images * rng.normal(size=images)
-            drawn = rng.random(images)
-            won, lost = (np.clip(0.15 + s * (effect + own) / 2, 0, 0.5) for s in (1, -1))
-            difference = np.where(drawn < won, 1.0, np.where(drawn > 1 - lost, -1.0, 0.0))
-            key = "all" if shared else f"{zoo}/{split}"
-            runs.append(PairedRun(str(zoo), str(split), key, difference))
-    return runs
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        # Which level the uncertainty comes from: the images, their difficulty, the splits, all.
-        {"splits": 10},
-        {"splits": 10, "of_splits": 0.08},
-        {"of_splits": 0.04, "of_images": 0.1},
-        {"of_splits": 0.03, "shared": False},
-        # A split is one draw for all zoos.
-        {"zoos": 2, "splits": 10, "of_draws": 0.06},
-        {"zoos": 2, "of_draws": 0.03, "of_images": 0.1},
-        {"zoos": 5, "of_draws": 0.06},
-        {"zoos": 5, "of_draws": 0.05, "of_images": 0.1},
-    ],
-)
-def test_the_hierarchical_interval_covers_the_truth(kind: dict):
-    assert 0.93 <= coverage(**kind) <= 0.97
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        {"splits": 5, "of_zoos": 0.05, "of_splits": 0.03},
-        {"of_zoos": 0.05, "of_draws": 0.06},
-    ],
-)
-def test_with_zoos_and_splits_it_errs_on_the_safe_side(kind: dict):
-    assert 0.95 <= coverage(zoos=5, **kind) <= 0.99
-
-
-def coverage(**kind) -> float:
-    tables, hits = 500, 0
-    for seed in range(tables):
-        runs = simulated_runs(np.random.default_rng(seed), **kind)
-        _, (low, high) = hierarchical_interval(runs, resamples=500, seed=seed)
-        hits += low <= 0 <= high
-    return hits / tables
-
-
-def test_zoos_with_other_splits_are_resampled_by_themselves():
-    rng = np.random.default_rng(0)
-    effects = rng.normal(size=8)
-
-    def width(names: list[str]) -> float:
-        runs = [
-            PairedRun(zoo, name, f"{zoo}{k}", np.full(5, effect))
-            for zoo, own in (("a", range(8)), ("b", names))
-            for k, (name, effect) in enumerate(zip(map(str, own), effects, strict=True))
-        ]
-        _, (low, high) = hierarchical_interval(runs, seed=0, resamples=20_000)
-        return high - low
-
-    # The same draws in both zoos say no more than they do in one.
-    crossed, apart = width([*map(str, range(8))]), width([*map(str, range(8, 16))])
-    assert apart == pytest.approx(crossed / np.sqrt(2), rel=0.05)
-
-
-def test_images_that_all_splits_share_are_resampled_together():
-    rng = np.random.default_rng(0)
-    difference = rng.choice([-1.0, 0.0, 1.0], size=400, p=[0.1, 0.7, 0.2])
-    same = [PairedRun("zoo", str(split), "all", difference) for split in range(10)]
-    draws = rng.choice([-1.0, 0.0, 1.0], size=(10, 400), p=[0.1, 0.7, 0.2])
-    other = [PairedRun("zoo", str(split), str(split), own) for split, own in enumerate(draws)]
-    centre, together = hierarchical_interval(same, seed=0)
-    _, apart = hierarchical_interval(other, seed=0)
-    assert centre == pytest.approx(difference.mean())
-    deviation = difference.std() / 20
-    # Ten copies of one set of images say no more than one does.
-    assert together.high - together.low == pytest.approx(2 * 1.96 * deviation, rel=0.06)
-    assert apart.high - apart.low < 0.6 * (together.high - together.low)
-
-
-def test_the_interval_of_splits_alone_is_student_s():
-    """Where images add nothing, it is mean ± t s/√m, up to the shape of the bootstrap."""
-    effects = np.random.default_rng(3).normal(size=12)
-    runs = [
-        PairedRun("zoo", str(split), str(split), np.full(5, effect))
-        for split, effect in enumerate(effects)
-    ]
-    centre, (low, high) = hierarchical_interval(runs, resamples=20_000, seed=0)
-    assert centre == pytest.approx(effects.mean())
-    expected = stats.t.interval(0.95, 11, effects.mean(), effects.std(ddof=1) / len(effects) ** 0.5)
-    assert high - low == pytest.approx(expected[1] - expected[0], rel=0.07)
-
-
-def test_zoos_weigh_the_same_and_runs_of_a_split_are_averaged():
-    def run(zoo: str, split: str, mean: float) -> PairedRun:
-        return PairedRun(zoo, split, f"{zoo}{split}{mean}", np.full(4, mean))
-
-    runs = [run("a", "0", 0.4), run("a", "0", 0.2), run("a", "1", 0.1), run("b", "0", -0.6)]
-    centre, _ = hierarchical_interval(runs, seed=0)
-    assert centre == pytest.approx(((0.3 + 0.1) / 2 - 0.6) / 2)
-
-
-def test_an_interval_of_one_split_is_that_of_its_images():
-    right = np.random.default_rng(1).random((2, 500)) < [[0.8], [0.75]]
-    difference = right[0].astype(float) - right[1]
-    _, found = hierarchical_interval([PairedRun("zoo", "0", "all", difference)], seed=0)
-    expected = paired_difference_interval(right[0], right[1], seed=1)
-    assert found == pytest.approx(expected, abs=0.01)
-    with pytest.raises(SoupError, match="found no runs"):
-        hierarchical_interval([], seed=0)
-    with pytest.raises(SoupError, match="level is 2"):
-        hierarchical_interval([PairedRun("zoo", "0", "all", difference)], level=2.0, seed=0)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from soups import pipeline
+from soups import pipeline, report_door
 from soups.learners.registry import Uniform
 from soups.reports.material import Material
 from soups.reports.registry import Shapley
@@ -24,9 +24,10 @@ REPORTS = {
 }
 QUICK = {"learners": {"uniform": {}, "best_single": {}}, "reports": REPORTS}
 FILES = {
-    *(f"leave_one_out/leave_one_out.{end}" for end in ("csv", "md", "png")),
-    *(f"shapley/shapley.{end}" for end in ("csv", "md", "png")),
-    *("line/line.csv", "line/line.png", "map/map.csv", "map/map.png", "map/map_points.csv"),
+    *(f"leave_one_out/leave_one_out.{end}" for end in ("csv", "md", "png", "svg")),
+    *(f"shapley/shapley.{end}" for end in ("csv", "md", "png", "svg")),
+    *(f"line/line.{end}" for end in ("csv", "png", "svg")),
+    *(f"map/map{end}" for end in (".csv", "_points.csv", ".png", ".svg")),
 }
 
 
@@ -64,9 +65,9 @@ def test_reports_are_written_once_and_made_again_where_their_inputs_change(
     kitchen, tmp_path, monkeypatch, passes
 ):
     loaded = []
-    load, make = pipeline.load_report_data, pipeline.make_reports
+    load, make = report_door.load_report_data, pipeline.make_reports
     monkeypatch.setattr(
-        pipeline, "load_report_data", lambda *a, **k: loaded.append("report") or load(*a, **k)
+        report_door, "load_report_data", lambda *a, **k: loaded.append("report") or load(*a, **k)
     )
     monkeypatch.setattr(pipeline, "make_reports", lambda *a: loaded.append("reports") or make(*a))
     folder = run(kitchen, tmp_path)
@@ -98,7 +99,7 @@ def test_reports_are_written_once_and_made_again_where_their_inputs_change(
     # What is no more in the config goes, and what a row wrote as another type; other files stay.
     (folder / "reports" / "map" / "mine.txt").write_text("mine")
     run(kitchen, tmp_path, reports={"line": {"type": "leave_one_out"}})
-    wanted = {f"line/line.{end}" for end in ("csv", "md", "png")} | {"map/mine.txt"}
+    wanted = {f"line/line.{end}" for end in ("csv", "md", "png", "svg")} | {"map/mine.txt"}
     assert written(folder) == wanted
     assert {path.name for path in (folder / "reports").iterdir()} == {"line", "map"}
 
