@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.dispatch import DispatchMode
 
 
 @torch.inference_mode()
@@ -20,7 +21,7 @@ def forward_bytes(model: nn.Module, images: Tensor) -> int:
     return alive.peak + images.nbytes
 
 
-class _Alive(TorchDispatchMode):
+class _Alive(DispatchMode):
     """Counts the storages that operations make while there are tensors that use them."""
 
     def __init__(self) -> None:

@@ -12,10 +12,10 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor  # pyright: igno
 from torch.func import functionalize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fleet.capture.layout import observe
+from kernels.dispatch import DispatchMode
 
 aten = torch.ops.aten
 
@@ -152,7 +152,7 @@ class _Watch(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Writes every operation that torch computes while it is active into a graph."""
 
     def __init__(self) -> None:

@@ -16,10 +16,10 @@ from torch._decomp import core_aten_decompositions
 from torch._ops import OpOverload
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kernels.dispatch import DispatchMode
 from merge.align.axes import Atom, Axis, collapse, freeze, frozen_axis, leaves, new_axis
 from merge.align.layouts import terms
 from merge.align.rules import Call, Labels, apply_rule, freeze_call, is_understood
@@ -140,7 +140,7 @@ def _plain_kernels() -> Iterator[None]:
             backend.enabled = before
 
 
-class _Follower(TorchDispatchMode):
+class _Follower(DispatchMode):
     """Runs every operation, and applies its rule to the axes of its tensors."""
 
     def __init__(self, state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> None:
