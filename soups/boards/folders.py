@@ -20,7 +20,7 @@ from soups.examples import FILE as EXAMPLES
 from soups.examples import ReportExamples
 from soups.readings import count_readings, earlier_readings
 from soups.rows import REPORT, load_predictions
-from soups.sweeps.tables import report_images
+from soups.sweeps.tables import ALL, report_images
 
 if TYPE_CHECKING:
     from merge.coefficients import Coefficients
@@ -141,7 +141,10 @@ def read_sweep(folder: Path) -> SweepFolder:
     runs = None
     path = folder / RUNS
     if path.exists():
-        found = read_texts(path, needed=("learner", "kind", "report_accuracy", *keys))
+        found = read_texts(path, needed=("learner", "kind", "report_accuracy", *keys[1:]))
+        for key in keys[:1]:
+            if key not in found:  # no axis sets the zoo
+                found.insert(0, key, ALL)
         labels = [*found][: [*found].index("learner")]
         runs = with_numbers(
             found, path, but=("learner", "kind", *labels), needed=("report_accuracy",)
