@@ -1,7 +1,9 @@
 """Processes that run tasks one after another, and may die; imports no torch.
 
-A worker imports what its tasks need once. One that is killed (memory, a crash in a library) takes
-its own task with it and no other: it is named, and another worker goes on.
+What their tasks need is imported once, by a process that does nothing else and that workers are
+forked from: it has no threads and has computed nothing, so that forking it is safe. A worker that
+is killed (memory, a crash in a library) takes its own task with it and no other: it is named, and
+another worker goes on.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -28,6 +31,9 @@ from soups.errors import MISTAKES
 
 # Read when the libraries behind torch start.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+# What is imported before workers are forked.
+PRELOADED = ["soups.pipeline", "torch._dynamo"]  # the latter by torch's optimizers
 
 # What a worker keeps from task to task grows: some 50 MB a run.
 TASKS_EACH = 6
@@ -128,13 +134,17 @@ class Workers:
                 worker.pipe.send((function, arguments))
 
     def _start(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.threads), daemon=True)
-        # Ctrl-C is ours: the worker is born with it blocked, and so are its imports.
+        # The environment as it is now: what workers are forked from has that of its own start.
+        arguments = (theirs, self.threads, dict(os.environ))
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        # Ctrl-C is ours: what workers are forked from is born with it blocked, and so are they.
         resource_tracker.ensure_running()  # which would lift the block
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
+            _ensure_server()
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -163,10 +173,27 @@ class Workers:
         return f"its process {how}{memory if code == -signal.SIGKILL else ''}"
 
 
-def _serve(pipe: Connection, threads: int) -> None:
+def _ensure_server() -> None:
+    """Have a process that workers are forked from, without the threads that libraries start."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _serve(pipe: Connection, threads: int, environment: Mapping[str, str]) -> None:
     """What a worker does: task after task until the other end of the pipe is closed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # where others made the server
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    os.environ.clear()
+    os.environ.update(environment)
+    _take_threads(threads)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     warnings.simplefilter("ignore")
@@ -190,6 +217,16 @@ def _serve(pipe: Connection, threads: int) -> None:
         except Exception:
             error = traceback.format_exc()
         pipe.send((result, error, tuple(dict.fromkeys(heard.said))))
+
+
+def _take_threads(count: int) -> None:
+    """Have the libraries that are imported, and those to come, use so many threads."""
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(count)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
 
 
 def _end_with_parent() -> None:

@@ -6,6 +6,7 @@ A file `hold` in its folder holds every batch back; what it says goes to the fil
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class HeldTenants(FakeTenants):
 
 def serve(folder: Path, url: Connection, settings: dict[str, Any]) -> None:
     """Serve variants a to h within such limits until a signal, and send the address."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # where sweeps made the forkserver
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     engine = HeldTenants(variants={name: variant() for name in "abcdefgh"})
     engine.hold = folder / "hold"
