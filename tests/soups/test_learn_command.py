@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from soups import pipeline, report_door
 from soups.errors import SoupError
 from soups.learn import app
 from tests.soups.conftest import make_config, open_session
+from tests.soups.forked import start
 
 ROOT = Path(__file__).parents[2]
 QUICK = {
@@ -656,11 +658,11 @@ def coefficients(results: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in results.glob("small/coefficients/*.json")}
 
 
-def wait_for(pattern: str, folder: Path, process: subprocess.Popen | None = None) -> None:
+def wait_for(pattern: str, folder: Path, process: BaseProcess | None = None) -> None:
     deadline = time.monotonic() + 120
     while not any(folder.glob(pattern)):
         assert time.monotonic() < deadline, f"no {pattern}"
-        assert process is None or process.poll() is None, process.communicate()
+        assert process is None or process.is_alive(), process.exitcode
         time.sleep(0.005)
 
 
@@ -689,7 +691,6 @@ def test_ctrl_c_in_the_middle_of_learning(kitchen: Path, tmp_path: Path):
 
 NO_REFERENCES = {"ensembles": False, "finetuned": False}
 MOMENTS = (
-    "",  # while torch is imported
     "zoo/01.safetensors",
     "results/small/coefficients/best_single.json",
     "results/small/work/learn/mehl_layerwise/progress.safetensors",
@@ -710,6 +711,32 @@ def test_rows_that_will_not_fit_are_refused_before_the_zoo_is_made(
     assert not (tmp_path / "zoo").exists()
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_while_torch_is_imported(kitchen: Path, tmp_path: Path, how: signal.Signals):
+    config = write_config(kitchen, tmp_path, learners=QUICK)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "soups.learn", str(config), "--quiet"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+    while "libtorch" not in maps.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    if process.returncode == -how:
+        assert not said
+    else:
+        assert (how, process.returncode) == (signal.SIGINT, 130), said
+        assert "Interrupted; what was finished is kept" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "zoo").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_at_many_moments_it_goes_on_to_the_same_bits(
@@ -718,34 +745,21 @@ def test_stopped_at_many_moments_it_goes_on_to_the_same_bits(
     finetune = make_config(kitchen).zoo.finetune
     zoo = {"path": tmp_path / "zoo", "finetune": finetune}
     config = write_config(kitchen, tmp_path, zoo=zoo, learners=LONG)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "soups.learn", str(config), "--quiet"]
+    said = tmp_path / "said"
     for moment in MOMENTS:
-        process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        if moment:
-            wait_for(moment, tmp_path, process)
+        process = start("soups.learn", [str(config), "--quiet"], tmp_path, said)
+        wait_for(moment, tmp_path, process)
+        os.kill(process.pid, how)
+        process.join(60)
+        text = said.read_text()
+        assert "Traceback" not in text, moment
+        if how == signal.SIGINT:
+            assert process.exitcode == 130, (moment, text)
+            assert "Interrupted; what was finished is kept" in text
         else:
-            time.sleep(1.0)
-        process.send_signal(how)
-        _, said = process.communicate(timeout=60)
-        assert "Traceback" not in said, moment
-        if process.returncode == -signal.SIGINT:
-            assert not moment  # before its imports were done
-            assert not said
-        elif how == signal.SIGINT:
-            assert process.returncode == 130, (moment, said)
-            assert "Interrupted; what was finished is kept" in said
-        else:
-            assert process.returncode == -signal.SIGKILL, (moment, said)
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+            assert process.exitcode == -signal.SIGKILL, (moment, text)
+    result = learn(config)
+    assert result.exit_code == 0, result.output
     unbroken = write_config(
         kitchen, tmp_path, output=tmp_path / "whole", zoo={"path": kitchen / "zoo"}, learners=LONG
     )
