@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import tests.type_checks  # noqa: F401  (before the packages that are checked)
+
 
 def pytest_sessionstart() -> None:
     """Have Ctrl-C arrive, here and in child processes, also where a shell has turned it off for
@@ -23,6 +25,11 @@ def pytest_collection_finish() -> None:
     """Have the garbage collector leave alone what the imports made: more than a million objects."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Have them collected at the end, or some libraries print that they have leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,73 @@
+"""The type checks of `--jaxtyping-packages`, without shapes where an annotation has none.
+
+For every call of every function jaxtyping binds the arguments and opens a memo of the sizes of
+axes, which took a third of the tests' time. Where no annotation has an axis, beartype alone makes
+the same checks. To be imported before the packages that are checked.
+"""
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import jaxtyping
+from beartype import beartype
+
+_with_shapes = jaxtyping.jaxtyped
+_known: dict[CodeType, dict[str, Any]] = {}
+
+
+def checked(function: Any = None, *, typechecker: Any) -> Any:
+    """What jaxtyping's import hook decorates functions and classes with."""
+    if function is None:
+        return functools.partial(checked, typechecker=typechecker)
+    if inspect.isclass(function):
+        if dataclasses.is_dataclass(function) and "__init__" in vars(function):
+            function.__init__ = checked(function.__init__, typechecker=typechecker)
+        return function
+    if not inspect.isfunction(function) or inspect.isgeneratorfunction(function):
+        return _with_shapes(function, typechecker=typechecker)
+    hints = _known.setdefault(function.__code__, _hints(function))
+    if any(map(_has_axes, hints.values())):
+        return _with_shapes(function, typechecker=typechecker)
+    return _with_hints(beartype, function, hints)
+
+
+def _hints(function: Callable) -> dict[str, Any]:
+    """The annotations as types; Any, as for jaxtyping, for names that are not there at run time."""
+    return {
+        name: _type(annotation, function.__globals__)
+        for name, annotation in function.__annotations__.items()
+    }
+
+
+def _type(annotation: Any, names: dict[str, Any]) -> Any:
+    def holder() -> None: ...
+
+    holder.__annotations__ = {"value": annotation}
+    try:
+        return typing.get_type_hints(holder, names, include_extras=True)["value"]
+    except Exception:  # whatever evaluating a text raises
+        return Any
+
+
+def _has_axes(hint: Any) -> bool:
+    if inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    parts = hint if isinstance(hint, list) else typing.get_args(hint)
+    return any(map(_has_axes, parts))
+
+
+def _with_hints(decorate: Callable, function: Callable, hints: dict[str, Any]) -> Callable:
+    """`decorate(function)`, which sees these annotations and leaves the function's own."""
+    own = function.__annotations__
+    function.__annotations__ = hints
+    made = decorate(function)
+    function.__annotations__ = made.__annotations__ = own
+    return made
+
+
+jaxtyping.jaxtyped = checked
