@@ -14,9 +14,10 @@ from types import CodeType
 from typing import Any
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 _with_shapes = jaxtyping.jaxtyped
+_without = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 _known: dict[CodeType, dict[str, Any]] = {}
 
 
@@ -33,7 +34,15 @@ def checked(function: Any = None, *, typechecker: Any) -> Any:
     hints = _known.setdefault(function.__code__, _hints(function))
     if any(map(_has_axes, hints.values())):
         return _with_shapes(function, typechecker=typechecker)
-    return _with_hints(beartype, function, hints)
+    if not hints:
+        return function
+    made = _typed(function, hints)
+
+    @functools.wraps(function)
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        return (function if jaxtyping.config.jaxtyping_disable else made)(*args, **kwargs)
+
+    return checking
 
 
 def _hints(function: Callable) -> dict[str, Any]:
@@ -61,13 +70,13 @@ def _has_axes(hint: Any) -> bool:
     return any(map(_has_axes, parts))
 
 
-def _with_hints(decorate: Callable, function: Callable, hints: dict[str, Any]) -> Callable:
-    """`decorate(function)`, which sees these annotations and leaves the function's own."""
+def _typed(function: Callable, hints: dict[str, Any]) -> Callable:
     own = function.__annotations__
     function.__annotations__ = hints
-    made = decorate(function)
-    function.__annotations__ = made.__annotations__ = own
-    return made
+    try:
+        return _without(function)
+    finally:
+        function.__annotations__ = own
 
 
 jaxtyping.jaxtyped = checked

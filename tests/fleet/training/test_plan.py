@@ -55,14 +55,21 @@ class Deep(nn.Module):
 RECIPES = [Recipe(lr=0.01, batch_size=64, epochs=3, seed=s) for s in range(6)]
 
 
-def manner(make=Deep, budget: int | None = None, models: int = 6, rows: int = 64) -> Manner:
+@cache
+def kernel_of(make) -> tuple[Kernel, dict[str, Tensor], list[str]]:
+    """A kernel, which keeps what it has measured, the tensors of its model, and who is trained."""
     model = make()
     names = [name for name, _ in model.named_parameters()]
     state = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
-    dtype = next(model.parameters()).dtype
+    return Kernel(model, parts_of(model, names)), state, names
+
+
+def manner(make=Deep, budget: int | None = None, models: int = 6, rows: int = 64) -> Manner:
+    kernel, state, names = kernel_of(make)
+    dtype = next(kernel.model.parameters()).dtype
     trainee = Trainee(0, "it", RECIPES[0], DATA, classes=3, dtype=dtype)
     return manner_of(
-        Kernel(model, parts_of(model, names)),
+        kernel,
         {name: tensor[None] for name, tensor in state.items()},
         torch.zeros(1, rows, 1, 6, 6, dtype=dtype),
         torch.zeros(1, rows, 3, dtype=dtype),

@@ -86,10 +86,16 @@ def compile_for(kernel: Any, given: dict[str, Any], options: dict[str, int]) -> 
     return triton.compile(source, target=SM_90, options=options)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where Triton keeps what it has compiled, so that no form is compiled twice."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.fixture
-def recorders(monkeypatch, tmp_path_factory):
+def recorders(monkeypatch, compiled):
     """One in the place of every kernel that is launched, by operation and name."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(compiled))
     found = {}
     for operation in OPERATIONS:
         module = importlib.import_module(f"kernels.triton_ops.{operation}")

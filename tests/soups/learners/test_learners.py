@@ -46,24 +46,42 @@ def learn(session, settings) -> Coefficients:
     return LEARNERS[settings.type].function()(session, settings)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("row", LEARNERS)
-def test_coefficients_times_originals_are_the_weights_that_the_learner_held(
-    kitchen, tmp_path, monkeypatch, row, rule
-):
+@pytest.fixture(scope="module")
+def learned(kitchen, tmp_path_factory):
+    """For a row and a rule of norm buffers: session, coefficients, the weights held at the end."""
+    made = {}
+
+    def made_once(row, rule):
+        if (row, rule) not in made:
+            folder = tmp_path_factory.mktemp("learned")
+            made[row, rule] = _learned(kitchen, folder, row, rule)
+        return made[row, rule]
+
+    return made_once
+
+
+def _learned(kitchen, folder, row, rule):
     held = {}
 
     def close(mixture, original=Mixture.close):
         held.update({n: p.detach().clone() for n, p in mixture.model.named_parameters()})
         original(mixture)
 
-    session, settings = session_of(kitchen, tmp_path, row, norm_buffers=rule)
-    monkeypatch.setattr(Mixture, "close", close)
-    coefficients = learn(session, settings)
+    session, settings = session_of(kitchen, folder, row, norm_buffers=rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mixture, "close", close)
+        coefficients = learn(session, settings)
     if settings.type not in GRADIENT:
         # These try many weights and hold none at the end: what they chose is what is loaded.
         session.load(coefficients)
         held = {n: p.detach().clone() for n, p in session.model.named_parameters()}
+    return session, coefficients, held
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("row", LEARNERS)
+def test_coefficients_times_originals_are_the_weights_that_the_learner_held(learned, row, rule):
+    session, coefficients, held = learned(row, rule)
     sources = [*session.zoo.checkpoints, session.zoo.base]
     for name, weights in held.items():
         column = coefficients.column(name)
@@ -74,9 +92,8 @@ def test_coefficients_times_originals_are_the_weights_that_the_learner_held(
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("row", LEARNERS)
-def test_columns_sum_to_one_and_buffers_keep_their_rule(kitchen, tmp_path, row, rule):
-    session, settings = session_of(kitchen, tmp_path, row, norm_buffers=rule)
-    coefficients = learn(session, settings)
+def test_columns_sum_to_one_and_buffers_keep_their_rule(learned, row, rule):
+    _, coefficients, _ = learned(row, rule)
     buffers = [g for g in coefficients.groups if g.startswith("norm buffers")]
     assert buffers
     for group, column in zip(coefficients.groups, coefficients.matrix.T, strict=True):
@@ -103,10 +120,10 @@ def test_equal_ingredients_give_that_ingredient(kitchen, tmp_path, row):
 
 @pytest.mark.parametrize("row", LEARNERS)
 def test_learning_again_gives_the_same_bits_and_leaves_the_ingredients_alone(
-    kitchen, tmp_path, row
+    kitchen, tmp_path, learned, row
 ):
     before = {p: p.read_bytes() for p in (kitchen / "zoo").iterdir()}
-    first = learn(*session_of(kitchen, tmp_path / "a", row))
+    _, first, _ = learned(row, "uniform")
     torch.manual_seed(12345)
     second = learn(*session_of(kitchen, tmp_path / "b", row))
     assert first.to_json() == second.to_json()
