@@ -142,11 +142,12 @@ def inspect(
         )
         typer.echo(inspection.to_markdown())
         if out is not None:
+            from inputs.figures import save_figure
             from merge.inspection.heatmap import plot_inspection
 
             inspection.save(out)
-            plot_inspection(inspection).savefig(out / "inspection.png", dpi=150)
-            typer.echo(f"\n{out}: tables as CSV, inspection.png")
+            save_figure(plot_inspection(inspection.tables()), out / "inspection.png")
+            typer.echo(f"\n{out}: tables as CSV, inspection.png and .svg")
 
 
 @app.command()

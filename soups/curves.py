@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from inputs.figures import save_figure
 from inputs.files import write_whole
 from soups.errors import SoupError
 
@@ -87,10 +88,9 @@ class Curves:
         return trained - recipe.head_epochs if point.phase == "head" else trained
 
     def _draw(self, table: pd.DataFrame) -> None:
-        from soups.curves_plot import plot_curves
+        from soups.plots.training import draw_curves
 
-        ingredients = _rows_of(table, [name != "base" for name in table["name"]])
-        plot_curves(ingredients if len(ingredients) else table, self._picture)
+        save_figure(draw_curves(ingredients_of(table)), self._picture)
         self._drawn = time.monotonic()
 
 
@@ -107,6 +107,12 @@ def read_curves(path: Path) -> pd.DataFrame:
         raise SoupError(
             f"{path}: is not a table of curves ({' '.join(str(error).split())}); put it aside"
         ) from error
+
+
+def ingredients_of(table: pd.DataFrame) -> pd.DataFrame:
+    """The curves of the ingredients; where there are none yet, that of the base."""
+    ingredients = _rows_of(table, [name != "base" for name in table["name"]])
+    return ingredients if len(ingredients) else table
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

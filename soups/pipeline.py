@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +33,6 @@ from soups.leaderboard import (
 from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
-from soups.overfitting_plot import plot_overfitting
 from soups.plan import (
     Costs,
     RowPlan,
@@ -43,10 +42,10 @@ from soups.plan import (
     plan_learners,
     plan_table,
 )
-from soups.plots import plot_coefficients, plot_leaderboard
+from soups.plots.writing import write_pictures
 from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
 from soups.references import references
-from soups.reports.making import make_reports
+from soups.reports.making import judge_reports, make_reports
 from soups.reports.points import report_problems
 from soups.run import Run
 from soups.session import Session
@@ -334,6 +333,8 @@ def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
     rows = with_intervals(rows, predictions, baseline=next(iter(singles), None), seed=config.seed)
     rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
+    judge_reports(this, soups, report["report"])
+    this.session.release()
     write_leaderboard(
         rows,
         folder,
@@ -341,19 +342,7 @@ def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
         select_examples=len(this.data.select),
         report_examples=len(report["report"]),
     )
-    if config.pictures:
-        _draw(this, rows, soups)
     this.record.save()
+    if config.pictures:
+        write_pictures(folder)
     return rows
-
-
-def _draw(this: Run, rows: Sequence[Row], soups: Mapping[str, Coefficients]) -> None:
-    """The leaderboard, what cross-fitting has found, and every soup's coefficients."""
-    pictures = this.folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    plot_leaderboard(rows, pictures / "leaderboard.png")
-    if any(row.out_of_fold for row in rows):
-        plot_overfitting(rows, pictures / "overfitting.png")
-    for row, soup in soups.items():
-        weights = this.steps.result(f"learn/{row}")["record"].get("weights", ())
-        plot_coefficients(soup, pictures / f"coefficients_{row}.png", weights=weights)

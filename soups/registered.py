@@ -18,5 +18,10 @@ class Registered:
 
     def function(self) -> Callable:
         """The function itself; the first call imports torch."""
-        module, function = self.where.split(":")
-        return getattr(import_module(module), function)
+        return imported(self.where)
+
+
+def imported(where: str) -> Callable:
+    """The function `module:function`."""
+    module, function = where.split(":")
+    return getattr(import_module(module), function)

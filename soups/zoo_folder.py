@@ -117,7 +117,8 @@ class ZooFolder:
         own = {
             f"{n}.safetensors" for i, r in enumerate(recipes) for n in names_of_run(i, r, finetune)
         }
-        made = [TABLE_FILE, CURVES_FILE, PICTURE_FILE, SNAPSHOT_FILE, BASE_FILE, *sorted(own)]
+        pictures = [file.name for file in picture_files(PICTURE_FILE)]
+        made = [TABLE_FILE, CURVES_FILE, *pictures, SNAPSHOT_FILE, BASE_FILE, *sorted(own)]
         for name in [*made, RECORD_FILE]:
             remove_stale_parts(self.file(name))
             self.file(name).unlink(missing_ok=True)

@@ -6,7 +6,7 @@ One pass over the checkpoints, in slices, so that memory does not grow with thei
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -54,7 +54,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found in models of one architecture; `plot_inspection` draws it.
+    """What was found in models of one architecture; `plot_inspection` draws its tables.
 
     Deltas are to the `anchor`: the base, else the mean of the models. `gram` holds the inner
     products of the deltas in each layer, `opposed` for each pair of models the elements where
@@ -127,6 +127,7 @@ def inspect_models(
     *,
     base: Checkpoint | None = None,
     names: Sequence[str] | None = None,
+    only: Collection[str] | None = None,
     memory_budget: int,
     progress: bool = True,
 ) -> Inspection:
@@ -135,7 +136,8 @@ def inspect_models(
     Values are compared in fp32 (fp64 where one is), sums run on in float64. Elements that are not
     finite in one of them count as zero in all; tensors that are missing somewhere, have another
     shape or are no floating-point numbers are left out of the comparison, with the reason.
-    `names` are what the models are called (default: what tells their paths apart).
+    `names` are what the models are called (default: what tells their paths apart), `only` the
+    tensors that are looked at (default: all).
     Raises MergeError where the budget is too small or there are no models.
     """
     if not checkpoints:
@@ -143,10 +145,10 @@ def inspect_models(
     labels = list(names) if names is not None else short_names([c.path for c in checkpoints])
     if len(labels) != len(checkpoints):
         raise MergeError(f"{len(labels)} names for {len(checkpoints)} models; wanted one for each")
-    survey = _Survey(checkpoints, base, memory_budget)
+    survey = _Survey(checkpoints, base, only, memory_budget)
     with (
         tqdm(
-            total=sum(info.nbytes for c in survey.sources for info in c.tensors.values()),
+            total=survey.nbytes,
             desc="inspecting",
             unit="B",
             unit_scale=True,
@@ -203,13 +205,18 @@ class _Survey:
     """The work of `inspect_models`, one tensor after the other."""
 
     def __init__(
-        self, checkpoints: Sequence[Checkpoint], base: Checkpoint | None, memory_budget: int
+        self,
+        checkpoints: Sequence[Checkpoint],
+        base: Checkpoint | None,
+        only: Collection[str] | None,
+        memory_budget: int,
     ) -> None:
         self.models = list(checkpoints)
         self.base = base
         self.sources = [base, *self.models] if base is not None else self.models
         self.tied = tied_names(self.sources)
-        self.wanted = sorted({name for source in self.sources for name in source.tensors})
+        every = {name for source in self.sources for name in source.tensors}
+        self.wanted = sorted(every if only is None else every.intersection(only))
         self.groups = _Groups(self.wanted)
         bytes_per_element = 4 * COPIES * len(self.sources)
         self.step = min(CHUNK, memory_budget // bytes_per_element)
@@ -229,6 +236,12 @@ class _Survey:
         self.frozen: list[str] = []
         self.left_out: dict[str, str] = {}
         self._seen: set[tuple[object, ...]] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """All that is looked at, in all checkpoints."""
+        held = (source.tensors.get(name) for source in self.sources for name in self.wanted)
+        return sum(info.nbytes for info in held if info is not None)
 
     def add(self, name: str) -> int:
         """Look at the tensor in every checkpoint that has it; the bytes that this covers."""

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
+from inputs.figures import save_figure
 from soups.evaluate import Scores
+from soups.plots.landscape import Curve, Grid, Mark, draw_lines, draw_plane, line_label
 from soups.reports.geometry import Frame, distance
 from soups.reports.material import Material
-from soups.reports.pictures import Curve, Grid, Mark, plot_lines, plot_plane
 from soups.reports.points import BASE, shared_groups
 from soups.reports.registry import Line, Plane
 from soups.reports.tables import Effects, beside, standard_error, write_csv
@@ -51,7 +52,7 @@ def line(material: Material, settings: Line, path: Path) -> list[Path]:
         length = distance(ends[2 * number], ends[2 * number + 1], material.grams)
         of_line = slice(number * len(t), (number + 1) * len(t))
         curve = Curve(
-            f"{first} → {last}, {length:.3g} apart",
+            line_label(first, last, length),
             t,
             Effects(accuracy.values[of_line], accuracy.errors[of_line]),
             Effects(loss.values[of_line], loss.errors[of_line]),
@@ -65,7 +66,7 @@ def line(material: Material, settings: Line, path: Path) -> list[Path]:
         ]
     return [
         write_csv(beside(path, ".csv"), rows),
-        plot_lines(curves, beside(path, ".png"), remark=material.remark),
+        *save_figure(draw_lines(curves, remark=material.remark), beside(path, ".png")),
     ]
 
 
@@ -108,7 +109,7 @@ def plane(material: Material, settings: Plane, path: Path) -> list[Path]:
     return [
         write_csv(beside(path, ".csv"), rows),
         write_csv(beside(path, "_points.csv"), [vars(mark) for mark in marks]),
-        plot_plane(grid, marks, beside(path, ".png"), remark=material.remark),
+        *save_figure(draw_plane(grid, marks, remark=material.remark), beside(path, ".png")),
     ]
 
 

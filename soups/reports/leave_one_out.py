@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
+from inputs.figures import save_figure
+from soups.plots.effects import draw_leave_one_out, missed_first
 from soups.reports.material import Material
-from soups.reports.pictures import EffectPanel, plot_effects
 from soups.reports.points import shared_groups
 from soups.reports.registry import LeaveOneOut
 from soups.reports.tables import Effects, beside, standard_error, write_csv, write_markdown
@@ -61,23 +62,22 @@ def leave_one_out(material: Material, settings: LeaveOneOut, path: Path) -> list
         | changes["loss"].record("loss_change", k)
         for k, name in enumerate(names)
     ]
-    order = np.lexsort((-changes["loss"].values, changes["accuracy"].values)).tolist()
+    accuracy, loss = changes["accuracy"], changes["loss"]
     session.record |= {"of": settings.of, **whole, "ingredients": rows}
-    title = f"{settings.of} without one ingredient"
     return [
         write_csv(beside(path, ".csv"), rows),
         write_markdown(
             beside(path, ".md"),
-            title,
+            f"{settings.of} without one ingredient",
             ["without", "share", "accuracy, points [95%]", "loss, nats [95%]"],
             [
                 [
                     names[k],
                     f"{shares[k]:.4f}",
-                    changes["accuracy"].cell(k, scale=100.0),
-                    changes["loss"].cell(k, digits=4),
+                    accuracy.cell(k, scale=100.0),
+                    loss.cell(k, digits=4),
                 ]
-                for k in order
+                for k in missed_first(accuracy, loss)
             ],
             f"The change of {settings.of} (accuracy {100 * whole['accuracy']:.2f}%, loss "
             f"{whole['loss']:.4f}) when the ingredient is taken out and its coefficients are given "
@@ -86,18 +86,9 @@ def leave_one_out(material: Material, settings: LeaveOneOut, path: Path) -> list
             f"weights. {material.remark}; 95% intervals are of the paired difference over these "
             "images.",
         ),
-        plot_effects(
-            names,
-            order,
-            [
-                EffectPanel(
-                    "change of accuracy, points", changes["accuracy"], good="below", scale=100.0
-                ),
-                EffectPanel("change of loss, nats", changes["loss"], good="above"),
-            ],
+        *save_figure(
+            draw_leave_one_out(settings.of, names, accuracy, loss, material.remark),
             beside(path, ".png"),
-            title=title,
-            remark=material.remark,
         ),
     ]
 

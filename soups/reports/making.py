@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from inputs.data import ImageSet
 from merge.coefficients import Coefficients
 from soups.meter import Meter
 from soups.record import fingerprint
@@ -16,6 +18,8 @@ from soups.run import Run
 log = logging.getLogger(__name__)
 
 FOLDER = "reports"
+# What is made on *select*, and what *report* says of it when learning is over: two steps of a row.
+MADE, JUDGED = "report", "judge"
 
 
 def make_reports(this: Run, soups: Mapping[str, Coefficients]) -> None:
@@ -23,14 +27,12 @@ def make_reports(this: Run, soups: Mapping[str, Coefficients]) -> None:
 
     What a row wrote that is no more in the config, or that is made again, is removed.
     """
-    session, steps = this.session, this.steps
-    for name in steps.names():
+    for name in this.steps.names():
         kind, _, row = name.partition("/")
-        if kind == "report" and row not in this.config.reports:
-            _remove(this, row)
-    material = Material(session, soups)
+        if kind in (MADE, JUDGED) and row not in this.config.reports:
+            _remove(this, kind, row)
+    material = Material(this.session, soups)
     for row, settings in this.config.reports.items():
-        step = f"report/{row}"
         # A plane shows every soup; the others see those that they name.
         seen = soups if isinstance(settings, Plane) else set(named_points(settings).values())
         inputs = fingerprint(
@@ -38,21 +40,45 @@ def make_reports(this: Run, soups: Mapping[str, Coefficients]) -> None:
             | {"row": row, "report": settings.model_dump(mode="json")}
             | {"soups": {name: soup.sha256 for name, soup in soups.items() if name in seen}}
         )
-        if not steps.is_done(step, inputs):
-            log.info("report %s", row)
-            _remove(this, row)
-            session.begin(step, None)
-            with Meter(session.device) as meter:
-                make = REPORTS[settings.type].function()
-                files = make(material, settings, this.folder / FOLDER / row / row)
-            steps.finish(step, inputs, files, session.spent(meter) | {"record": session.record})
-        result = steps.result(step)
+        if not this.steps.is_done(f"{MADE}/{row}", inputs):
+            _remove(this, JUDGED, row)
+            make = REPORTS[settings.type].function()
+            _make(this, MADE, row, inputs, lambda path: make(material, settings, path))  # noqa: B023
+        result = this.steps.result(f"{MADE}/{row}") | {"remark": material.remark}
         this.record.add(reports={row: result}, warnings=result["record"].get("warnings", []))
 
 
-def _remove(this: Run, row: str) -> None:
-    """Forget a report, with the files that it wrote; what else is in its folder stays."""
-    this.steps.remove(f"report/{row}")
+def judge_reports(this: Run, soups: Mapping[str, Coefficients], images: ImageSet) -> None:
+    """What *report*, whose `images` these are, says of that which rows have found on *select*."""
+    material = Material(this.session, soups)
+    for row, settings in this.config.reports.items():
+        judge = REPORTS[settings.type].judging()
+        if judge is None:
+            continue
+        found = this.steps.result(f"{MADE}/{row}")["record"]
+        inputs = fingerprint(this.inputs | {"found": found, "images": images.digest()})
+        if not this.steps.is_done(f"{JUDGED}/{row}", inputs):
+            _make(this, JUDGED, row, inputs, lambda path: judge(material, found, images, path))  # noqa: B023
+        judged = this.steps.result(f"{JUDGED}/{row}")
+        made = this.record.entries["reports"][row]
+        judged = {"remark": material.judged_remark(images), "judged": judged}
+        this.record.add(reports={row: made | judged})
+
+
+def _make(this: Run, kind: str, row: str, inputs: str, write: Callable[[Path], list[Path]]) -> None:
+    """Run the step; `write` is given the path beside which it writes, and says which files."""
+    log.info("report %s", row)
+    _remove(this, kind, row)
+    step, session = f"{kind}/{row}", this.session
+    session.begin(step, None)
+    with Meter(session.device) as meter:
+        files = write(this.folder / FOLDER / row / row)
+    this.steps.finish(step, inputs, files, session.spent(meter) | {"record": session.record})
+
+
+def _remove(this: Run, kind: str, row: str) -> None:
+    """Forget a step of a report, with the files that it wrote; what else is there stays."""
+    this.steps.remove(f"{kind}/{row}")
     folder = this.folder / FOLDER / row
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

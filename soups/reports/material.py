@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float64
 
+from inputs.data import ImageSet
 from merge.coefficients import Coefficients
 from soups.reports.geometry import Grams, weight_grams
 from soups.reports.points import point_columns
@@ -37,3 +38,7 @@ class Material:
         session = self.session
         buffers = f"; norm buffers: {session.norms.rule}" if session.norms.names else ""
         return f"{len(session.select):,} images of select{buffers}"
+
+    def judged_remark(self, images: ImageSet) -> str:
+        """What the scores are of where these images of *report* judge what *select* chose."""
+        return f"{len(images):,} images of report; chosen on {self.remark}"

@@ -1,17 +1,20 @@
 """Report name → its settings and where its function lives; imports no torch.
 
 A new report is a settings class here, with its name as `type`, a row in REPORTS, and a function
-`(material, settings, path) -> files` that writes beside `path`.
+`(material, settings, path) -> files` that writes beside `path`, from *select* alone. One that needs
+*report* has a second function, which is called when all learning is over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, field_validator
 
 from inputs.config import Settings
-from soups.registered import Registered
+from soups.registered import Registered, imported
 
 Margin = Annotated[float, Field(ge=0, le=100)]
 
@@ -95,12 +98,52 @@ class Plane(Settings):
         return through
 
 
-ReportSettings = Annotated[LeaveOneOut | Shapley | Line | Plane, Field(discriminator="type")]
+class Subsets(Settings):
+    """Accuracy on *report* against the number of ingredients, and against the best ones removed.
+
+    The best single, uniform and greedy soups of the best 1, 2, … ingredients and of all but the
+    best 1, 2, …, ordered and selected on *select* (the figures of 2203.05482 and 2407.03641), and
+    the uniform soups along `orders` random orders. `accept` is greedy's.
+    """
+
+    type: Literal["subsets"] = "subsets"
+    orders: NonNegativeInt = 8
+    accept: Literal["gt", "ge"] = "ge"
 
 
-REPORTS: dict[str, Registered] = {
-    "leave_one_out": Registered(LeaveOneOut, "soups.reports.leave_one_out:leave_one_out"),
-    "shapley": Registered(Shapley, "soups.reports.shapley:shapley"),
-    "line": Registered(Line, "soups.reports.landscape:line"),
-    "plane": Registered(Plane, "soups.reports.landscape:plane"),
+class Deltas(Settings):
+    """How alike the ingredients' deltas are: cosines and sign conflicts, in all and by layer.
+
+    Deltas are to the base where it is known, else to the mean of the ingredients, which leaves
+    signs without a meaning. Only tensors that learners mix count.
+    """
+
+    type: Literal["deltas"] = "deltas"
+
+
+ReportSettings = Annotated[
+    LeaveOneOut | Shapley | Line | Plane | Subsets | Deltas, Field(discriminator="type")
+]
+
+
+@dataclass(frozen=True)
+class RegisteredReport(Registered):
+    """What is made on *select*; and as `judge`, where there is one, what *report* says of it."""
+
+    judge: str | None = None
+
+    def judging(self) -> Callable | None:
+        """`(material, record, images, path) -> files`: the record is what was found on *select*."""
+        return None if self.judge is None else imported(self.judge)
+
+
+REPORTS: dict[str, RegisteredReport] = {
+    "leave_one_out": RegisteredReport(LeaveOneOut, "soups.reports.leave_one_out:leave_one_out"),
+    "shapley": RegisteredReport(Shapley, "soups.reports.shapley:shapley"),
+    "line": RegisteredReport(Line, "soups.reports.landscape:line"),
+    "plane": RegisteredReport(Plane, "soups.reports.landscape:plane"),
+    "subsets": RegisteredReport(
+        Subsets, "soups.reports.subsets:choose_subsets", "soups.reports.subsets:judge_subsets"
+    ),
+    "deltas": RegisteredReport(Deltas, "soups.reports.deltas:deltas"),
 }

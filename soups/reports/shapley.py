@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -12,45 +12,16 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int
 
+from inputs.figures import save_figure
 from inputs.randomness import generator
 from soups.evaluate import Scores
+from soups.plots.effects import best_first, draw_shapley
+from soups.reports.coalitions import Coalition, Game, run_soups
 from soups.reports.material import Material
-from soups.reports.pictures import EffectPanel, plot_effects
 from soups.reports.registry import Shapley
 from soups.reports.tables import Effects, beside, standard_error, write_csv, write_markdown
-from soups.session import Session
 
-Coalition = frozenset[int]
 Values = Float64[np.ndarray, " coalitions"]
-
-
-class Game:
-    """Coalitions of players and their scores; each is run once, however often it is asked for."""
-
-    def __init__(
-        self,
-        players: int,
-        run: Callable[[Sequence[Coalition]], Scores],
-        known: Mapping[Coalition, Scores] | None = None,
-    ):
-        self.players = players
-        self.coalitions = {coalition: i for i, coalition in enumerate(known or {})}
-        self._run = run
-        self._scores = list((known or {}).values())
-
-    def play(self, coalitions: Iterable[Coalition]) -> None:
-        """Score those that were not before, in one pass."""
-        new = [c for c in dict.fromkeys(coalitions) if c not in self.coalitions]
-        if new:
-            self._scores.append(self._run(new))
-            self.coalitions |= {c: len(self.coalitions) + i for i, c in enumerate(new)}
-
-    @property
-    def scores(self) -> Scores:
-        """The scores so far, in the order of `coalitions`."""
-        return Scores(
-            torch.cat([s.right for s in self._scores]), torch.cat([s.losses for s in self._scores])
-        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +120,7 @@ def shapley(material: Material, settings: Shapley, path: Path) -> list[Path]:
     session, players = material.session, len(material.session.zoo.names)
     empty = settings.empty or ("base" if session.zoo.base else "chance")
     known = {frozenset[int](): chance(session.select.labels)} if empty == "chance" else {}
-    game = Game(players, lambda coalitions: _run_soups(session, coalitions), known)
+    game = Game(players, lambda coalitions: run_soups(session, coalitions), known)
     walks = None
     if 2**players <= settings.permutations * (players - 1) + 2:
         sizes = range(players + 1)
@@ -186,18 +157,9 @@ def chance(labels: Int[torch.Tensor, " rows"]) -> Scores:
     return Scores.of(shares.log().float().expand(1, len(labels), -1), labels)
 
 
-def _run_soups(session: Session, coalitions: Sequence[Coalition]) -> Scores:
-    """The uniform soups of the coalitions; of nobody the base."""
-    candidates = np.zeros((len(coalitions), len(session.zoo.names), 1))
-    for candidate, coalition in zip(candidates, coalitions, strict=True):
-        candidate[list(coalition)] = 1 / max(len(coalition), 1)
-    return session.evaluate(candidates, session.whole_model())
-
-
 def _write(material: Material, effects: dict[str, Effects], path: Path) -> list[Path]:
     names, record = material.session.zoo.names, material.session.record
     accuracy, loss = effects["accuracy"], effects["loss"]
-    order = np.lexsort((loss.values, -accuracy.values)).tolist()
     empty = {"base": "the base", "chance": "the classes' shares alone"}[record["of_the_empty_soup"]]
     how = (
         f"Exact, over all {record['soups']:,} subsets; 95% intervals are over the images."
@@ -206,7 +168,6 @@ def _write(material: Material, effects: dict[str, Effects], path: Path) -> list[
         f"({record['soups']:,} soups, {record['orders_cut_short']:,} orders cut short); 95% "
         "intervals are over the orders and the images."
     )
-    title = "Shapley values of the ingredients"
     return [
         write_csv(
             beside(path, ".csv"),
@@ -217,24 +178,17 @@ def _write(material: Material, effects: dict[str, Effects], path: Path) -> list[
         ),
         write_markdown(
             beside(path, ".md"),
-            title,
+            "Shapley values of the ingredients",
             ["ingredient", "accuracy, points [95%]", "loss, nats [95%]"],
-            [[names[k], accuracy.cell(k, scale=100.0), loss.cell(k, digits=4)] for k in order],
+            [
+                [names[k], accuracy.cell(k, scale=100.0), loss.cell(k, digits=4)]
+                for k in best_first(accuracy, loss)
+            ],
             "What an ingredient changes as it joins a uniform soup, on average over the orders of "
             f"joining. The values sum to what the soup of all is apart from {empty}: accuracy "
             f"{100 * record['accuracy']['empty']:.2f}% → {100 * record['accuracy']['all']:.2f}%, "
             f"loss {record['loss']['empty']:.4f} → {record['loss']['all']:.4f}. {how} "
             f"{material.remark}.",
         ),
-        plot_effects(
-            names,
-            order,
-            [
-                EffectPanel("accuracy, points", accuracy, good="above", scale=100.0),
-                EffectPanel("loss, nats", loss, good="below"),
-            ],
-            beside(path, ".png"),
-            title=title,
-            remark=material.remark,
-        ),
+        *save_figure(draw_shapley(names, accuracy, loss, material.remark), beside(path, ".png")),
     ]

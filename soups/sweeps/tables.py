@@ -18,14 +18,14 @@ from jaxtyping import Bool
 from tabulate import tabulate
 
 from inputs.config import DataConfig
+from inputs.figures import picture_files, save_figure
 from inputs.files import write_whole
 from soups.config import LearnConfig, SweepConfig
 from soups.leaderboard import REPORT, load_predictions
+from soups.plots.sweeps import ALL, draw_comparisons
 from soups.record import fingerprint
 from soups.statistics import FEWEST_ZOOS, Interval, PairedRun, hierarchical_interval
-from soups.sweeps.pictures import plot_comparisons
 
-ALL = "all"
 # Of a run's leaderboard, what its rows in `runs.csv` have.
 COLUMNS = (
     "learner",
@@ -102,9 +102,10 @@ def write_tables(folder: Path, runs: Sequence[RunResult], settings: SweepConfig)
     for baseline in settings.compare:
         of_baseline = [one for one in found if one.baseline == baseline and one.learner in soups]
         path = folder / "pictures" / f"comparisons_{baseline}.png"
-        path.unlink(missing_ok=True)
+        for file in picture_files(path):
+            file.unlink(missing_ok=True)
         if of_baseline:
-            plot_comparisons(of_baseline, other_axes(settings), path, all_label=ALL)
+            save_figure(draw_comparisons(of_baseline, other_axes(settings), all_label=ALL), path)
     return text
 
 

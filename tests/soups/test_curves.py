@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 import soups.curves
 from fleet.recipes import Recipe
 from fleet.training.trainee import Point
+from inputs.figures import GREY, ORANGE, picture_files
 from soups.curves import CURVES_FILE, PICTURE_FILE, TYPES, Curves, read_curves
-from soups.curves_plot import plot_curves
 from soups.errors import SoupError
 from soups.event_files import EventFiles, remove_event_files
-from soups.plots import GREY, ORANGE
+from soups.plots.training import draw_curves
 
 IMAGES = 100
 
@@ -103,7 +103,8 @@ def test_the_picture_is_drawn_now_and_then(tmp_path: Path, monkeypatch: pytest.M
     assert {file.name for file in tmp_path.iterdir()} == {CURVES_FILE}
     monkeypatch.setattr(soups.curves, "SECONDS_BETWEEN_PICTURES", 0.0)
     curves.write(points)
-    assert {file.name for file in tmp_path.iterdir()} == {CURVES_FILE, PICTURE_FILE}
+    pictures = {file.name for file in picture_files(PICTURE_FILE)}
+    assert {file.name for file in tmp_path.iterdir()} == {CURVES_FILE, *pictures}
 
 
 def test_no_points_no_files(tmp_path: Path):
@@ -127,7 +128,7 @@ def test_another_file_in_the_place_of_the_table(tmp_path: Path, content: bytes):
 
 def picture(folder: Path, trained: dict[str, list[Point]], recipe: Recipe) -> Figure:
     table = written(folder, dict.fromkeys(trained, recipe), [*chain(*trained.values())])
-    return plot_curves(table, folder / "a.png")
+    return draw_curves(table)
 
 
 def names_in(figure: Figure) -> list[str]:

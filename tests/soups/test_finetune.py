@@ -171,7 +171,7 @@ def test_ctrl_c_saves_what_is_under_way(tmp_path: Path):
     found = {file.name for file in (tmp_path / "zoo").iterdir()}
     assert found == {
         *("base.safetensors", "training.safetensors"),
-        *("zoo.csv", "zoo.json", "curves.parquet", "curves.png"),
+        *("zoo.csv", "zoo.json", "curves.parquet", "curves.png", "curves.svg"),
     }
     before = read_curves(tmp_path / "zoo/curves.parquet")
     assert set(before["name"]) == {"base", "00", "01", "02"}

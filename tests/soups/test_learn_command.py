@@ -132,7 +132,7 @@ def test_the_leaderboard_has_all_rows(whole: Path):
         assert (whole / "soups" / f"{row}.safetensors").is_file()
         picture = (whole / "pictures" / f"coefficients_{row}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-    for picture in ("leaderboard.png", "overfitting.png"):
+    for picture in ("leaderboard.png", "overfitting.png", "costs.png"):
         assert (whole / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
 
 

@@ -110,7 +110,7 @@ def test_writes_base_ingredients_and_a_table(made):
     folder, values, table = made
     files = {file.name for file in (folder / "zoo").iterdir()}
     names = ["00", "01", "02"]
-    tables = {"zoo.csv", "zoo.json", "curves.parquet", "curves.png"}
+    tables = {"zoo.csv", "zoo.json", "curves.parquet", "curves.png", "curves.svg"}
     assert files == {f"{n}.safetensors" for n in [*names, "base"]} | tables
     read = pd.read_csv(folder / "zoo/zoo.csv", dtype={"name": str})
     assert read["name"].tolist() == table["name"].tolist() == names
@@ -301,7 +301,7 @@ def test_fresh_removes_what_no_row_tells_of(tmp_path: Path):
     make(tmp_path, changed(values, zoo__finetune__ingredients=1), fresh=True)
     assert {file.name for file in zoo.iterdir()} == {
         *("base.safetensors", "00.safetensors"),
-        *("zoo.csv", "zoo.json", "curves.parquet", "curves.png"),
+        *("zoo.csv", "zoo.json", "curves.parquet", "curves.png", "curves.svg"),
     }
 
 

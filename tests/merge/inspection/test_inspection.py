@@ -7,11 +7,13 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from inputs.figures import save_figure
 from merge.checkpoints import Checkpoint, open_checkpoint
 from merge.errors import MergeError
 from merge.inspection.heatmap import plot_inspection
@@ -51,11 +53,14 @@ def opened(folder: Path, models: list[dict[str, Tensor]]) -> list[Checkpoint]:
 
 
 def inspected(
-    folder: Path, models: list[dict[str, Tensor]], base: dict[str, Tensor] | None = None
+    folder: Path,
+    models: list[dict[str, Tensor]],
+    base: dict[str, Tensor] | None = None,
+    only: list[str] | None = None,
 ) -> Inspection:
     anchor = opened(folder / "base", [base])[0] if base is not None else None
     checkpoints = opened(folder / "models", models)
-    return inspect_models(checkpoints, base=anchor, memory_budget=BUDGET, progress=False)
+    return inspect_models(checkpoints, base=anchor, only=only, memory_budget=BUDGET, progress=False)
 
 
 def flat(tensors: dict[str, Tensor], layer: str | None = None) -> np.ndarray:
@@ -278,16 +283,39 @@ def test_short_names_tell_paths_apart(paths: list[str], short: list[str]) -> Non
 def test_the_picture(tmp_path: Path, count: int, anchored: bool) -> None:
     models = [random_tensors(seed) for seed in range(1, count + 1)]
     found = inspected(tmp_path, models, random_tensors(0) if anchored else None)
-    figure = plot_inspection(found)
+    figure = plot_inspection(found.tables())
     figure.savefig(tmp_path / "a.png", dpi=40)
-    heat, rows = figure.axes[:2]
+    paired = anchored and count > 1
+    heat, rows = figure.axes[0], figure.axes[2 if paired else 1]
     assert [label.get_text().split()[0] for label in heat.get_yticklabels()] == found.names
     shown = np.ma.getdata(heat.images[0].get_array())  # type: ignore[call-overload]
     off = ~np.eye(count, dtype=bool)
     np.testing.assert_array_equal(shown[off], found.cosines()[off])
+    if paired:
+        opposed = np.ma.getdata(figure.axes[1].images[0].get_array())  # type: ignore[call-overload]
+        np.testing.assert_array_equal(opposed[off], 100 * found.opposition()[off])  # type: ignore[index]
     widths = [bar.get_width() for bar in rows.patches]  # type: ignore[attr-defined]
     conflict = found.conflict()
     expected = found.distances() if conflict is None else 100 * conflict
     np.testing.assert_allclose(widths, expected, rtol=1e-12)
     # Signs are shown for pairs only where these differ from all.
     assert bool(rows.lines) == (anchored and count > 2)
+
+
+def test_the_picture_of_saved_tables_is_the_same(tmp_path: Path) -> None:
+    found = inspected(tmp_path, [random_tensors(seed) for seed in (1, 2, 3)], random_tensors(0))
+    found.save(tmp_path / "tables")
+    saved = {name: pd.read_csv(tmp_path / "tables" / f"{name}.csv") for name in found.tables()}
+    for name, tables in (("a.png", found.tables()), ("b.png", saved)):
+        save_figure(plot_inspection(tables), tmp_path / name)
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_of_some_tensors(tmp_path: Path) -> None:
+    models = [random_tensors(seed) for seed in (1, 2)]
+    name = next(iter(models[0]))
+    whole, part = (
+        inspected(tmp_path, models, random_tensors(0), only=only) for only in (None, [name])
+    )
+    assert part.elements.sum() == models[0][name].numel() < whole.elements.sum()

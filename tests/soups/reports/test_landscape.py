@@ -131,7 +131,7 @@ def test_three_points_on_a_line_have_no_frame(material):
 def test_a_line_is_what_interpolated_weights_score(material, tmp_path):
     settings = Line(between=[("base", "layers"), ("layers", "02")], points=3, margin=0.5)
     files = line(material, settings, tmp_path / "line")
-    assert [file.name for file in files] == ["line.csv", "line.png"]
+    assert [file.name for file in files] == ["line.csv", "line.png", "line.svg"]
     count = 2 * 5 * len(material.session.select)
     assert material.session.examples_forward == count
     rows = table(files[0])
@@ -158,7 +158,7 @@ def test_a_plane_is_what_interpolated_weights_score(kitchen, tmp_path):
     names = ("base", "01", "uniform")
     settings = Plane(through=names, resolution=4, margin=0.2)
     files = plane(material, settings, tmp_path / "plane")
-    assert [f.name for f in files] == ["plane.csv", "plane_points.csv", "plane.png"]
+    assert [f.name for f in files] == ["plane.csv", "plane_points.csv", "plane.png", "plane.svg"]
     rows, marks = table(files[0]), table(files[1])
     assert len(rows) == 16
     assert [mark["name"] for mark in marks[:3]] == list(names)

@@ -70,7 +70,7 @@ def test_the_table_is_what_direct_evaluation_gives(kitchen, tmp_path):
     session.begin("report/loo", tmp_path)
     path = tmp_path / "reports" / "loo.v1"
     files = leave_one_out(Material(session, soups), LeaveOneOut(of="row"), path)
-    assert [file.name for file in files] == ["loo.v1.csv", "loo.v1.md", "loo.v1.png"]
+    assert [file.name for file in files] == ["loo.v1.csv", "loo.v1.md", "loo.v1.png", "loo.v1.svg"]
     # The soup, and it without each of its four ingredients.
     assert session.examples_forward == 5 * len(session.select)
     rows = list(csv.DictReader(files[0].read_text().splitlines()))

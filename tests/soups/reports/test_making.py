@@ -24,9 +24,10 @@ REPORTS = {
 }
 QUICK = {"learners": {"uniform": {}, "best_single": {}}, "reports": REPORTS}
 FILES = {
-    *(f"leave_one_out/leave_one_out.{end}" for end in ("csv", "md", "png")),
-    *(f"shapley/shapley.{end}" for end in ("csv", "md", "png")),
-    *("line/line.csv", "line/line.png", "map/map.csv", "map/map.png", "map/map_points.csv"),
+    *(f"leave_one_out/leave_one_out.{end}" for end in ("csv", "md", "png", "svg")),
+    *(f"shapley/shapley.{end}" for end in ("csv", "md", "png", "svg")),
+    *(f"line/line.{end}" for end in ("csv", "png", "svg")),
+    *(f"map/map{end}" for end in (".csv", "_points.csv", ".png", ".svg")),
 }
 
 
@@ -98,7 +99,7 @@ def test_reports_are_written_once_and_made_again_where_their_inputs_change(
     # What is no more in the config goes, and what a row wrote as another type; other files stay.
     (folder / "reports" / "map" / "mine.txt").write_text("mine")
     run(kitchen, tmp_path, reports={"line": {"type": "leave_one_out"}})
-    wanted = {f"line/line.{end}" for end in ("csv", "md", "png")} | {"map/mine.txt"}
+    wanted = {f"line/line.{end}" for end in ("csv", "md", "png", "svg")} | {"map/mine.txt"}
     assert written(folder) == wanted
     assert {path.name for path in (folder / "reports").iterdir()} == {"line", "map"}
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from inputs.randomness import generator
 from soups.evaluate import Scores
-from soups.reports.shapley import Game, chance, exact_weights, paired_orders, walk
+from soups.reports.coalitions import Game
+from soups.reports.shapley import chance, exact_weights, paired_orders, walk
 
 
 def toy_game(values, players: int, known=None) -> Game:

@@ -1,4 +1,4 @@
-"""Pictures of the reports, in the style of a run's other pictures."""
+"""Pictures of loss and accuracy along lines and over planes of weight space."""
 
 from __future__ import annotations
 
@@ -11,44 +11,36 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Float64
 
-from soups.plots import (
-    BLUE,
+from inputs.figures import (
+    COLOURS,
+    DASHES,
     GREY,
     INK,
     ORANGE,
+    SEQUENTIAL,
+    TITLE,
     clean_axes,
     elided,
-    name_rows,
+    grid_lines,
+    legend_below,
     new_figure,
-    row_height,
-    save_figure,
+    quiet_bar,
+    remark_above,
 )
+from soups.plots.reading import effects_of, find_report, read_table, report_file
 from soups.reports.tables import Effects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Told apart with any colour vision (Okabe and Ito); then again, dashed.
-CURVE_COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
-CURVE_DASHES = ("-", "--", ":", "-.")
-# Evenly from dark (bad) to light (good) with any colour vision, and in grey.
-BRIGHT_IS_MORE, BRIGHT_IS_LESS = "cividis", "cividis_r"
+# Light is good, dark is bad.
+BRIGHT_IS_MORE, BRIGHT_IS_LESS = SEQUENTIAL, f"{SEQUENTIAL}_r"
 # Of the plane's three points, then of other soups.
 CORNERS = ("o", "s", "^")
 OTHERS = ("D", "v", "P", "X", "<", ">", "*", "p", "h", "d")
 # A loss that spans more than this is shown on a log scale.
 WIDE = 20.0
-
-
-@dataclass(frozen=True)
-class EffectPanel:
-    """One column of a picture of effects; an ingredient that helps is above 0 or below, `good`."""
-
-    label: str
-    effects: Effects
-    good: Literal["above", "below"]
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,56 +82,57 @@ class Grid:
         return bool(across and self.y[0] <= mark.y <= self.y[-1])
 
 
-def plot_effects(
-    names: Sequence[str],
-    order: Sequence[int],
-    panels: Sequence[EffectPanel],
-    path: Path,
-    *,
-    title: str,
-    remark: str,
-) -> Path:
-    """Draw each ingredient's numbers with their 95% intervals, in this order from the top.
+def lines(folder: str | Path, report: str | None = None) -> Figure:
+    """Loss and accuracy along straight lines of weight space, with their 95% intervals.
 
-    An ingredient helps or hurts where the interval is all on one side of 0.
+    Reads a report of type `line`, the row `report` of the config if there are several. Raises
+    SoupError where there is none.
     """
-    count = len(names)
-    height = max(0.16, row_height(count)) * count
-    figure = new_figure(3.4 + 2.4 * len(panels), max(2.2, 1.6 + height))
-    columns = [*figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]]
-    positions = np.arange(count)
-    for axes, panel in zip(columns, panels, strict=True):
-        values, low, high = (
-            panel.scale * part[list(order)]
-            for part in (panel.effects.values, panel.effects.low, panel.effects.high)
+    example = "line: {between: [[base, uniform]]}"
+    stem, remark = find_report(Path(folder), "line", report, example)
+    table = read_table(report_file(stem, ".csv"), texts=("from", "to"))
+    curves = []
+    for (first, last), own in table.groupby(["from", "to"], sort=False):
+        length = float((own["distance"] / own["position"].where(own["position"] != 0)).max())
+        curves.append(
+            Curve(
+                line_label(first, last, length),
+                own["position"].to_numpy(),
+                effects_of(own, "accuracy"),
+                effects_of(own, "loss"),
+            )
         )
-        above, below = low > 0, high < 0
-        helps, hurts = (above, below) if panel.good == "above" else (below, above)
-        for which, colour, label in (
-            (helps, BLUE, "helps"),
-            (hurts, ORANGE, "hurts"),
-            (~helps & ~hurts, GREY, "can be either"),
-        ):
-            if which.any():
-                axes.hlines(positions[which], low[which], high[which], colour, lw=1.6)
-                axes.plot(values[which], positions[which], "o", color=colour, ms=4.5, label=label)
-        axes.axvline(0, color=INK, lw=0.8)
-        axes.grid(axis="x", color="#E6E6E6", lw=0.7)
-        axes.set_axisbelow(True)
-        axes.set_xlabel(panel.label, fontsize=9)
-        axes.locator_params(axis="x", nbins=5)
-        axes.tick_params(axis="x", labelsize=8)
-        clean_axes(axes)
-    name_rows(columns[0], [names[k] for k in order])
-    columns[0].set_ylim(count - 0.4, -0.6)
-    columns[0].set_title(title, loc="left", fontsize=10)
-    _legend(figure, columns, columns_at_most=3)
-    figure.suptitle(f"{remark}; lines: 95% intervals", fontsize=7, color=GREY)
-    save_figure(figure, path)
-    return path
+    return draw_lines(curves, remark=remark)
 
 
-def plot_lines(curves: Sequence[Curve], path: Path, *, remark: str) -> Path:
+def plane(folder: str | Path, report: str | None = None) -> Figure:
+    """Loss and accuracy over a plane of weight space, with the soups and ingredients on it.
+
+    Reads a report of type `plane`, the row `report` of the config if there are several. Raises
+    SoupError where there is none.
+    """
+    example = "plane: {through: [base, best_single, uniform]}"
+    stem, remark = find_report(Path(folder), "plane", report, example)
+    table = read_table(report_file(stem, ".csv"))
+    marks = read_table(report_file(stem, "_points.csv"), texts=("name", "kind"))
+    x, y = (np.unique(table[axis].to_numpy()) for axis in "xy")
+    accuracy, loss = (
+        table.pivot(index="y", columns="x", values=metric).to_numpy()
+        for metric in ("accuracy", "loss")
+    )
+    return draw_plane(
+        Grid(x, y, accuracy, loss),
+        [Mark(**mark) for mark in marks.to_dict("records")],
+        remark=remark,
+    )
+
+
+def line_label(first: str, last: str, length: float) -> str:
+    """What a line is called: its ends, and how far they are apart."""
+    return f"{first} → {last}, {length:.3g} apart"
+
+
+def draw_lines(curves: Sequence[Curve], *, remark: str) -> Figure:
     """Draw loss and accuracy along lines, with their 95% intervals."""
     figure = new_figure(6.5, 6.0)
     above, below = figure.subplots(2, 1, sharex=True)
@@ -147,8 +140,8 @@ def plot_lines(curves: Sequence[Curve], path: Path, *, remark: str) -> Path:
     if losses.max() > WIDE * losses.min() > 0:
         above.set_yscale("log")
     for number, curve in enumerate(curves):
-        colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
-        dash = CURVE_DASHES[number // len(CURVE_COLOURS) % len(CURVE_DASHES)]
+        colour = COLOURS[number % len(COLOURS)]
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
         for axes, effects, scale in ((above, curve.loss, 1.0), (below, curve.accuracy, 100.0)):
             low = scale * effects.low
             if axes.get_yscale() == "log":
@@ -168,17 +161,16 @@ def plot_lines(curves: Sequence[Curve], path: Path, *, remark: str) -> Path:
         for end in (0, 1):
             axes.axvline(end, color=GREY, lw=0.8, ls="--", zorder=0)
         axes.set_ylabel(label)
-        axes.grid(axis="y", color="#E6E6E6", lw=0.7)
+        grid_lines(axes, "y")
         axes.margins(x=0)
         clean_axes(axes)
     below.set_xlabel("position: 0 is the first end, 1 the second")
-    _legend(figure, [below], columns_at_most=2)
-    figure.suptitle(f"{remark}; bands: 95% intervals", fontsize=7, color=GREY)
-    save_figure(figure, path)
-    return path
+    legend_below(figure, [below], columns_at_most=2)
+    remark_above(figure, f"{remark}; bands: 95% intervals")
+    return figure
 
 
-def plot_plane(grid: Grid, marks: Sequence[Mark], path: Path, *, remark: str) -> Path:
+def draw_plane(grid: Grid, marks: Sequence[Mark], *, remark: str) -> Figure:
     """Draw loss and accuracy over a plane as filled contours, with the marks that are on it."""
     width, height = grid.x[-1] - grid.x[0], grid.y[-1] - grid.y[0]
     figure = new_figure(10.5, min(max(3.9 * height / width, 2.4), 7.0) + 1.4)
@@ -195,10 +187,9 @@ def plot_plane(grid: Grid, marks: Sequence[Mark], path: Path, *, remark: str) ->
     remarks = [remark]
     if outside:
         remarks.append(f"{outside} projection{'s are' if outside > 1 else ' is'} outside")
-    _legend(figure, [panels[0]], columns_at_most=6)
-    figure.suptitle("; ".join(remarks), fontsize=7, color=GREY)
-    save_figure(figure, path)
-    return path
+    legend_below(figure, [panels[0]], columns_at_most=6)
+    remark_above(figure, "; ".join(remarks))
+    return figure
 
 
 def _contours(
@@ -234,9 +225,8 @@ def _contours(
     lines = axes.contour(grid.x, grid.y, values, levels=levels, colors="white", linewidths=0.4)
     lines.set_alpha(0.6)
     bar = figure.colorbar(filled, cax=axes.inset_axes((1.03, 0, 0.035, 1)))
-    axes.set_title(label, loc="left", fontsize=10)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
+    axes.set_title(label, loc="left", fontsize=TITLE)
+    quiet_bar(bar)
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
@@ -252,19 +242,3 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
             look = {"marker": next(others), "color": "white", "mec": INK, "ms": 7, "zorder": 4}
         label = "ingredient" if mark.kind == "ingredient" else elided(mark.name)
         axes.plot(mark.x, mark.y, ls="", mew=0.9, label=label, **look)
-
-
-def _legend(figure: Figure, axes: Sequence[Axes], *, columns_at_most: int) -> None:
-    """One legend below for all axes, each label once."""
-    handles = {}
-    for one in axes:
-        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(columns_at_most, len(handles)),
-        frameon=False,
-        fontsize=8,
-    )

@@ -1,12 +1,7 @@
-"""Pictures of a run: coefficients and the leaderboard, as PNG files of one style.
-
-matplotlib is imported when a picture is drawn; figures are drawn without pyplot, so that nothing
-is shown and no state is left behind. Colours are told apart with any colour vision.
-"""
+"""The picture of what a learner has found: coefficients by ingredient and group."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inputs.files import write_whole
-from soups.leaderboard import Row, ranked
+from inputs.config import nearest
+from inputs.figures import (
+    BLUE,
+    DIVERGING,
+    INK,
+    ORANGE,
+    TITLE,
+    clean_axes,
+    elided,
+    name_rows,
+    new_figure,
+    quiet_bar,
+    row_height,
+)
+from soups.errors import SoupError
+from soups.plots.reading import LEARN, read_leaderboard, read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,24 +32,44 @@ if TYPE_CHECKING:
 
     from merge.coefficients import Coefficients
 
-DPI = 150
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#262626"
-DIVERGING = "RdBu_r"
 # Columns of this name hold norm buffers, which follow a rule and are not learned.
 BUFFER_GROUP = "norm buffers"
-LONGEST_NAME = 30
 
 
-def plot_coefficients(
-    coefficients: Coefficients, path: str | Path, *, weights: Sequence[Mapping[str, Any]] = ()
-) -> Figure:
-    """Draw the coefficients and write them to a PNG file.
+def coefficients(folder: str | Path, learner: str | None = None) -> Figure:
+    """The coefficients of a learner's soup, of the first in the leaderboard if none is named.
 
     Ingredient × group as a heat map, white at 1/K, with each ingredient's mean over the groups
-    beside it; bars where there is one group. A base shows as a last row with what the others leave
-    to it. Groups of norm buffers are left out.
-    `weights` of some ingredients, each with `ingredient`, `weight` (a mean over the groups), `low`
-    and `high`, are drawn as points with intervals on the bars.
+    beside it; bars where there is one group. Reads `coefficients/<learner>.json`, and `run.json`
+    for the intervals that a learner may have found. Raises SoupError where they are not there.
+    """
+    from merge.coefficients import Coefficients
+
+    folder = Path(folder)
+    known = sorted(path.stem for path in (folder / "coefficients").glob("*.json"))
+    if learner is None and known:
+        rows = read_leaderboard(folder)["learner"]
+        learner = next((row for row in rows if row in known), known[0])
+    if learner not in known:
+        path = folder / "coefficients" / f"{learner or 'LEARNER'}.json"
+        named = nearest(learner, known) if learner and known else ""
+        raise SoupError(
+            f"{path}: is not there; wanted what a learner returned: {LEARN} writes it for each "
+            f"row under `learners:`{named}"
+        )
+    record = read_record(folder).get("learners", {}).get(learner, {}).get("record", {})
+    soup = Coefficients.load(folder / "coefficients" / f"{learner}.json")
+    return draw_coefficients(soup, weights=record.get("weights", ()))
+
+
+def draw_coefficients(
+    coefficients: Coefficients, *, weights: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
+    """Draw coefficients as a heat map, or as bars where there is one group.
+
+    A base shows as a last row with what the others leave to it. Groups of norm buffers are left
+    out. `weights` of some ingredients, each with `ingredient`, `weight` (a mean over the groups),
+    `low` and `high`, are drawn as points with intervals on the bars.
     """
     names = [ingredient.name for ingredient in coefficients.ingredients]
     shown = [g for g, name in enumerate(coefficients.groups) if not name.startswith(BUFFER_GROUP)]
@@ -53,70 +82,8 @@ def plot_coefficients(
     uniform = 1 / len(coefficients.ingredients)
     title = f"{coefficients.method or 'soup'}: {len(coefficients.ingredients)} ingredients"
     if len(groups) == 1:
-        figure = _bars(matrix[:, 0], names, uniform, title, weights)
-    else:
-        title = f"{title} × {len(groups)} groups"
-        figure = _heat_map(matrix, names, groups, uniform, title, weights)
-    save_figure(figure, path)
-    return figure
-
-
-def plot_leaderboard(rows: Sequence[Row], path: str | Path) -> Figure:
-    """Draw report accuracies with their intervals, and select accuracies, and write a PNG file.
-
-    Soups are above, references below, each in the table's order.
-    """
-    rows = ranked(rows)
-    figure = new_figure(7.5, 1.5 + 0.3 * len(rows))
-    axes = figure.add_subplot()
-    positions = np.arange(len(rows), dtype=float)
-    soups = sum(row.kind == "soup" for row in rows)
-    positions[soups:] += 0.5 if 0 < soups < len(rows) else 0.0
-    for kind, colour in (("soup", BLUE), ("reference", GREY)):
-        of_kind = [(y, row) for y, row in zip(positions, rows, strict=True) if row.kind == kind]
-        if not of_kind:
-            continue
-        y = [y for y, _ in of_kind]
-        report = [100 * row.report.accuracy for _, row in of_kind]
-        select = [100 * row.select.accuracy for _, row in of_kind]
-        ends = [row.interval or (row.report.accuracy, row.report.accuracy) for _, row in of_kind]
-        axes.hlines(
-            y, [100 * low for low, _ in ends], [100 * high for _, high in ends], colour, lw=2
-        )
-        axes.plot(
-            report, y, "o", color=colour, ms=6, zorder=4, label=f"{kind}: report, 95% interval"
-        )
-        axes.plot(
-            select,
-            y,
-            "D",
-            mfc="white",
-            mec=colour,
-            ms=5,
-            mew=1.1,
-            zorder=3,
-            label=f"{kind}: select",
-        )
-    baseline = next((row for row in rows if row.learner == row.baseline), None)
-    if baseline is not None:
-        axes.axvline(
-            100 * baseline.report.accuracy,
-            color=GREY,
-            lw=0.8,
-            ls="--",
-            zorder=0,
-            label=f"{baseline.learner}: report",
-        )
-    axes.set_yticks(positions, [row.learner for row in rows])
-    axes.set_ylim(positions[-1] + 0.6, -0.6)
-    axes.margins(x=0.04)
-    axes.grid(axis="x", color="#E6E6E6", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("accuracy, %")
-    clean_axes(axes)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    save_figure(figure, path)
-    return figure
+        return _bars(matrix[:, 0], names, uniform, title, weights)
+    return _heat_map(matrix, names, groups, uniform, f"{title} × {len(groups)} groups", weights)
 
 
 def _bars(
@@ -134,7 +101,7 @@ def _bars(
     axes.set_ylim(len(names) - 0.4, -0.6)
     intervals = "; line: 95% interval" if weights else ""
     axes.set_xlabel(f"coefficient (dashed: 1/K = {uniform:.3g}{intervals})")
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(title, loc="left", fontsize=TITLE)
     if len(names) <= 40:
         for row, value in enumerate(values):
             axes.annotate(
@@ -185,7 +152,7 @@ def _heat_map(
         ticks, [labels[g] for g in ticks], rotation=90, fontsize=7 if step == 1 else 6.5
     )
     name_rows(heat, names)
-    heat.set_title(title, loc="left", fontsize=10)
+    heat.set_title(title, loc="left", fontsize=TITLE)
     remarks = [f"all in {shared[:-1]}"] if shared else []
     remarks += [f"one group in {step} is named"] if step > 1 else []
     heat.set_xlabel("; ".join(remarks), fontsize=7)
@@ -206,8 +173,7 @@ def _heat_map(
         extend="both" if below and above else "min" if below else "max" if above else "neither",
     )
     bar.set_label(f"white: 1/K = {uniform:.3g}", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
+    quiet_bar(bar)
     return figure
 
 
@@ -235,20 +201,6 @@ def _draw_intervals(
     return ends
 
 
-def name_rows(axes: Axes, names: list[str]) -> None:
-    """Put the names at 0, 1, … of the y axis; every second, third, … where there are very many."""
-    step = math.ceil(len(names) / 90)
-    ticks = range(0, len(names), step)
-    axes.set_yticks(
-        ticks, [elided(names[k]) for k in ticks], fontsize=6.5 if len(names) > 40 else 8
-    )
-
-
-def row_height(rows: int) -> float:
-    """Inches for one ingredient: as many as 90 names fit below each other."""
-    return 0.23 if rows <= 30 else max(0.13, min(0.23, 11 / rows)) if rows <= 90 else 11.7 / rows
-
-
 def _shared_prefix(groups: list[str]) -> str:
     """The whole parts, each with its dot, that all names begin with."""
     shared = ""
@@ -257,33 +209,3 @@ def _shared_prefix(groups: list[str]) -> str:
             break
         shared += f"{parts[0]}."
     return shared
-
-
-def elided(name: str) -> str:
-    """The name, without something in its middle where it is long."""
-    if len(name) <= LONGEST_NAME:
-        return name
-    kept = LONGEST_NAME - 1
-    return f"{name[: kept - 2 * kept // 3]}…{name[-(2 * kept // 3) :]}"
-
-
-def clean_axes(axes: Axes) -> None:
-    """Two spines, and quiet ones."""
-    axes.spines[["top", "right"]].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GREY)
-    axes.tick_params(color=GREY)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of these inches that makes room for its labels."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a PNG file; the same figure gives the same bytes: no time and no version is in it."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    write_whole(path, file.getvalue())

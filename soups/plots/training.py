@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from soups.plots import GREY, ORANGE, clean_axes, elided, new_figure, save_figure
+from inputs.figures import (
+    GREY,
+    ORANGE,
+    SMALL,
+    TITLE,
+    clean_axes,
+    elided,
+    grid_lines,
+    new_figure,
+)
+from soups.plots.reading import needed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +67,22 @@ class _Curve:
         return f"{name}  {self.last:.1f}%" if self.last >= 0 else name
 
 
-def plot_curves(table: pd.DataFrame, path: str | Path) -> Figure:
-    """Draw the table of `soups.curves` and write a PNG file.
+def curves(zoo: str | Path) -> Figure:
+    """Loss and accuracy on *tune* of all models of a zoo over the epochs of their training.
+
+    Reads `curves.parquet` in the zoo's folder; raises SoupError where it is not there.
+    """
+    from soups.curves import CURVES_FILE, ingredients_of, read_curves
+
+    remedy = (
+        "`python -m soups.finetune CONFIG` writes it; of models trained elsewhere there is none"
+    )
+    path = needed(Path(zoo) / CURVES_FILE, "the curves of a zoo's training", remedy)
+    return draw_curves(ingredients_of(read_curves(path)))
+
+
+def draw_curves(table: pd.DataFrame) -> Figure:
+    """Draw the table of `soups.curves`.
 
     Models are coloured by their last accuracy on *tune*, the best dark, and listed in that order.
     One that failed is orange, one that was stopped grey; both end in a cross. Losses far above all
@@ -77,13 +101,12 @@ def plot_curves(table: pd.DataFrame, path: str | Path) -> Figure:
         marker = "o" if known.sum() <= MOST_MARKERS else ""
         x, y = curve.epochs[known], curve.accuracy[known]
         right.plot(x, y, marker=marker, ms=2.5, label=curve.label, **look)
-    left.set_title("training loss, mean of the last epoch", loc="left", fontsize=10)
-    right.set_title("accuracy on tune, %", loc="left", fontsize=10)
+    left.set_title("training loss, mean of the last epoch", loc="left", fontsize=TITLE)
+    right.set_title("accuracy on tune, %", loc="left", fontsize=TITLE)
     _limit(left, curves)
     has_head = any((curve.epochs < 0).any() for curve in curves)
     for axes in (left, right):
-        axes.grid(axis="y", color="#E6E6E6", lw=0.7)
-        axes.set_axisbelow(True)
+        grid_lines(axes, "y")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epoch (before 0: the head alone)" if has_head else "epoch")
         if has_head:
@@ -94,7 +117,6 @@ def plot_curves(table: pd.DataFrame, path: str | Path) -> Figure:
             _mark_end(left, curve.epochs, curve.loss, LEFT[curve.state])
             _mark_end(right, curve.epochs, curve.accuracy, LEFT[curve.state])
     _write_names(figure, right, columns)
-    save_figure(figure, path)
     return figure
 
 
@@ -170,5 +192,5 @@ def _write_names(figure: Figure, axes: Axes, columns: int) -> None:
         frameon=False,
         fontsize=7.5,
         title="accuracy on tune",
-        title_fontsize=8,
+        title_fontsize=SMALL,
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soups.leaderboard import Row
-from soups.plots import BLUE, GREY, INK, clean_axes, new_figure, save_figure
+from inputs.figures import BLUE, GREY, INK, LABEL, clean_axes, grid_lines, new_figure
+from soups.errors import SoupError
+from soups.plots.reading import LEARN, read_leaderboard
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
@@ -42,18 +45,25 @@ class _Point:
         return self.apart - (self.error or 0.0), self.apart + (self.error or 0.0)
 
 
-def plot_overfitting(rows: Sequence[Row], path: str | Path) -> Figure:
-    """Draw in-sample minus out-of-fold accuracy on *select*, in points, over the number of free
-    coefficients, and write a PNG file.
+def overfitting(folder: str | Path) -> Figure:
+    """In-sample minus out-of-fold accuracy on *select*, in points, over the number of free
+    coefficients.
 
     Bars are ± one paired standard error; a point is hollow where none is known. Rows of the same
-    number stand side by side. Rows that were not cross-fitted are left out.
+    number stand side by side. Reads `leaderboard.csv`; raises SoupError where it is not there, or
+    where no row was cross-fitted.
     """
+    rows = read_leaderboard(Path(folder))
     points = _points(rows)
+    if not points:
+        raise SoupError(
+            f"{Path(folder) / 'leaderboard.csv'}: no row was cross-fitted, nothing is known out of "
+            f"fold; set out_of_fold to 2 or more, and run {LEARN} again"
+        )
     figure = new_figure(7.5, 4.6)
     axes = figure.add_subplot()
     axes.set_xscale("symlog", linthresh=1, linscale=0.5)
-    axes.set_xlim(-0.5, 8.0 * max((p.count for p in points), default=1) + 1)
+    axes.set_xlim(-0.5, 8.0 * max(p.count for p in points) + 1)
     for point in points:
         axes.errorbar(
             [point.count],
@@ -72,28 +82,30 @@ def plot_overfitting(rows: Sequence[Row], path: str | Path) -> Figure:
     margin = 0.2 * max(max(ends) - min(ends), 0.5)
     axes.set_ylim(min(ends) - margin, max(ends) + margin)
     axes.axhline(0, color=GREY, lw=0.8, ls="--", zorder=0)
-    axes.grid(axis="y", color="#E6E6E6", lw=0.7)
-    axes.set_axisbelow(True)
+    grid_lines(axes, "y")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("free coefficients")
     axes.set_ylabel("in-sample − out-of-fold accuracy on select, points")
     hollow = "; hollow: not known" if any(point.error is None for point in points) else ""
-    axes.set_title(f"bars: ± one paired standard error{hollow}", loc="left", fontsize=9)
+    axes.set_title(f"bars: ± one paired standard error{hollow}", loc="left", fontsize=LABEL)
     clean_axes(axes)
     _write_labels(figure, axes, points)
-    save_figure(figure, path)
     return figure
 
 
-def _points(rows: Sequence[Row]) -> list[_Point]:
-    found = []
-    for row in rows:
-        if row.out_of_fold is None or row.free_coefficients is None:
-            continue
-        apart = 100 * (row.select.accuracy - row.out_of_fold.accuracy)
-        error = row.out_of_fold.standard_error
-        error = None if error is None else 100 * error
-        found.append(_Point(row.learner, float(row.free_coefficients), apart, error, 0.0))
+def _points(rows: pd.DataFrame) -> list[_Point]:
+    known = rows[rows["out_of_fold_accuracy"].notna() & rows["free_coefficients"].notna()]
+    found = [
+        _Point(
+            row["learner"],
+            float(row["free_coefficients"]),
+            100 * (row["select_accuracy"] - row["out_of_fold_accuracy"]),
+            None if math.isnan(error) else 100 * error,
+            0.0,
+        )
+        for row in known.to_dict("records")
+        for error in [row["out_of_fold_standard_error"]]
+    ]
     points = []
     for count in sorted({point.count for point in found}):
         alike = sorted((p for p in found if p.count == count), key=lambda p: p.apart)

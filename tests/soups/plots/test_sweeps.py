@@ -1,12 +1,11 @@
 """The picture of a sweep: what is drawn where."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 
+from soups.plots.sweeps import draw_comparisons
 from soups.statistics import Interval
-from soups.sweeps.pictures import plot_comparisons
 from soups.sweeps.tables import Comparison
 
 LEARNERS = ("uniform", "learned_layerwise", "mehl_layerwise", "pooled", "best_single+select")
@@ -23,10 +22,10 @@ def comparisons(zoos: tuple[str, ...], axes: dict[str, list[str]]) -> list[Compa
     return found
 
 
-def test_every_comparison_has_its_place(tmp_path: Path):
+def test_every_comparison_has_its_place():
     axes = {"images": ["250", "1000", "4000"], "ingredients": ["4", "8"]}
     found = comparisons(("bn", "ln", "all"), axes)
-    figure = plot_comparisons(found, [*axes], tmp_path / "a.png", all_label="all")
+    figure = draw_comparisons(found, [*axes], all_label="all")
     panels = figure.axes
     assert [panel.get_title(loc="left") for panel in panels] == [
         f"{zoo}: images {images}" for zoo in ("bn", "ln") for images in axes["images"]
@@ -52,11 +51,10 @@ def test_every_comparison_has_its_place(tmp_path: Path):
 
 
 @pytest.mark.parametrize("axes", [{}, {"images": ["250", "1000"]}])
-def test_fewer_axes_and_one_zoo(tmp_path: Path, axes: dict[str, list[str]]):
+def test_fewer_axes_and_one_zoo(axes: dict[str, list[str]]):
     found = comparisons(("all",), axes)
-    figure = plot_comparisons(found, [*axes], tmp_path / "a.png", all_label="all")
+    figure = draw_comparisons(found, [*axes], all_label="all")
     assert len(figure.axes) == max(1, len(axes.get("images", [])))
     for panel in figure.axes:
         assert len([line for line in panel.lines if len(line.get_xdata()) == 1]) == len(LEARNERS)
     assert not figure.legends
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

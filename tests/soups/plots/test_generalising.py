@@ -10,8 +10,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
+from soups.errors import SoupError
 from soups.leaderboard import CrossFitted, Metrics, Row
-from soups.overfitting_plot import plot_overfitting
+from soups.plots import overfitting
+from tests.soups.plots.page import written
 
 
 def row(learner: str, count: int | None, apart: float, error: float | None = 0.01) -> Row:
@@ -36,7 +38,7 @@ def drawn_points(axes: Any) -> dict[str, Any]:
 def test_points_are_what_is_lost_out_of_fold_with_their_errors(tmp_path):
     rows = [row("a", 0, 0.0), row("b", 15, 0.015, 0.004), row("c", 900, -0.002, None)]
     rows += [row("left out", None, 0.1)]
-    (axes,) = plot_overfitting(rows, tmp_path / "a.png").axes
+    (axes,) = overfitting(written(tmp_path, rows)).axes
     points = drawn_points(axes)
     assert list(points) == ["a", "b", "c"]
     where = {n: (c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for n, c in points.items()}
@@ -60,7 +62,7 @@ def test_labels_touch_neither_points_nor_each_other(tmp_path):
         row(f"a_learner_of_kind_{n}", count, float(rng.normal(0.004, 0.002)), 0.002)
         for n, count in enumerate(counts)
     ]
-    figure = plot_overfitting(rows, tmp_path / "a.png")
+    figure = overfitting(written(tmp_path, rows))
     (axes,) = figure.axes
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -81,13 +83,7 @@ def test_labels_touch_neither_points_nor_each_other(tmp_path):
     assert min(abs(a - b) for a, b in itertools.combinations(middles, 2)) > 5
 
 
-def test_the_same_rows_give_the_same_bytes(tmp_path):
-    rows = [row("a", 3, 0.01), row("b", 3, 0.02)]
-    for name in ("a.png", "b.png"):
-        plot_overfitting(rows, tmp_path / name)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_nothing_cross_fitted_is_an_empty_picture(tmp_path):
-    (axes,) = plot_overfitting([row("a", None, 0.0)], tmp_path / "a.png").axes
-    assert not axes.containers
+def test_nothing_cross_fitted_has_no_picture(tmp_path):
+    folder = written(tmp_path, [row("a", None, 0.0)])
+    with pytest.raises(SoupError, match=r"leaderboard.csv: no row was cross-fitted.*out_of_fold"):
+        overfitting(folder)

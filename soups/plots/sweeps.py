@@ -6,8 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soups.plots import INK, clean_axes, name_rows, new_figure, save_figure
-from soups.reports.pictures import CURVE_COLOURS
+from inputs.config import nearest
+from inputs.figures import (
+    COLOURS,
+    INK,
+    LABEL,
+    MARKERS,
+    SMALL,
+    clean_axes,
+    grid_lines,
+    name_rows,
+    new_figure,
+)
+from soups.errors import SoupError
+from soups.plots.reading import LEARN, needed, read_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,13 +27,50 @@ if TYPE_CHECKING:
 
     from soups.sweeps.tables import Comparison
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# What the tables call the runs of all labels of an axis.
+ALL = "all"
 
 
-def plot_comparisons(
-    found: Sequence[Comparison], axes: Sequence[str], path: str | Path, *, all_label: str
-) -> Figure:
-    """Draw differences to one baseline with their intervals and write a PNG file.
+def comparisons(folder: str | Path, baseline: str | None = None) -> Figure:
+    """How far the soups of a sweep are from those of a baseline, with their intervals.
+
+    Reads `comparisons.csv` and `runs.csv` in the sweep's folder; without `baseline`, the first one
+    in it. Raises SoupError where they are not there, or have no such baseline.
+    """
+    from soups.statistics import Interval
+    from soups.sweeps.tables import Comparison
+
+    folder = Path(folder)
+    remedy = f"{LEARN} writes it for a config with `sweep:`"
+    path = needed(folder / "comparisons.csv", "the comparisons of a sweep", remedy)
+    table = read_table(path, texts=("baseline", "learner"))
+    texts = [*table.columns[: table.columns.get_loc("runs")]]
+    table[texts] = table[texts].astype(str)
+    runs = read_table(needed(folder / "runs.csv", "the runs of a sweep", remedy))
+    soups = set(runs.loc[runs["kind"] == "soup", "learner"].astype(str))
+    known = [*dict.fromkeys(table["baseline"])]
+    baseline = baseline or next(iter(known), None)
+    if baseline not in known:
+        raise SoupError(
+            f"{path}: has no baseline {baseline!r}{nearest(baseline, known)}; name it in "
+            f"sweep.compare, and run {LEARN} again"
+        )
+    zoo, axes = texts[2], texts[3:]
+    points = ["mean_points", "low_points", "high_points"]
+    found = []
+    for row in table[(table["baseline"] == baseline) & table["learner"].isin(soups)].to_dict(
+        "records"
+    ):
+        mean, low, high = (row[name] / 100 for name in points)
+        fixed = {axis: row[axis] for axis in axes if row[axis] != ALL}
+        counts = (row["runs"], row["splits"], row["splits_ahead"])
+        interval = Interval(low, high)
+        found.append(Comparison(baseline, row["learner"], row[zoo], fixed, *counts, mean, interval))
+    return draw_comparisons(found, axes, all_label=ALL)
+
+
+def draw_comparisons(found: Sequence[Comparison], axes: Sequence[str], *, all_label: str) -> Figure:
+    """Draw differences to one baseline with their intervals.
 
     A row of panels for each zoo, a column for each label of the first of `axes`; in a panel the
     learners, each with a mark for each label of the second axis. Further axes are averaged over.
@@ -50,7 +99,9 @@ def plot_comparisons(
         name_rows(grid[row, 0], learners)
     grid[0, 0].set_ylim(len(learners) - 0.4, -0.6)
     baseline = found[0].baseline if found else ""
-    figure.supxlabel(f"report accuracy minus that of {baseline}, points; 95% intervals", fontsize=9)
+    figure.supxlabel(
+        f"report accuracy minus that of {baseline}, points; 95% intervals", fontsize=LABEL
+    )
     if marks_of:
         handles = [
             grid[0, 0].plot([], [], MARKERS[m % len(MARKERS)], ms=4.5, color=_colour(m))[0]
@@ -58,9 +109,13 @@ def plot_comparisons(
         ]
         names = [f"{marks_of} {label}" for label in marks]
         figure.legend(
-            handles, names, loc="outside upper center", ncols=len(marks), frameon=False, fontsize=8
+            handles,
+            names,
+            loc="outside upper center",
+            ncols=len(marks),
+            frameon=False,
+            fontsize=SMALL,
         )
-    save_figure(figure, path)
     return figure
 
 
@@ -73,13 +128,12 @@ def _draw(axes: Axes, one: Comparison, learner: int, mark: int, marks: int) -> N
 
 def _dress(axes: Axes, title: str) -> None:
     axes.axvline(0, color=INK, lw=0.8)
-    axes.grid(axis="x", color="#E6E6E6", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.set_title(title, loc="left", fontsize=9)
-    axes.tick_params(axis="x", labelsize=8)
+    grid_lines(axes, "x")
+    axes.set_title(title, loc="left", fontsize=LABEL)
+    axes.tick_params(axis="x", labelsize=SMALL)
     axes.locator_params(axis="x", nbins=6)
     clean_axes(axes)
 
 
 def _colour(mark: int) -> str:
-    return CURVE_COLOURS[mark % len(CURVE_COLOURS)]
+    return COLOURS[mark % len(COLOURS)]

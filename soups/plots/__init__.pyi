@@ -1,0 +1,14 @@
+from .agreement import deltas as deltas
+from .counts import subsets as subsets
+from .effects import leave_one_out as leave_one_out
+from .effects import shapley as shapley
+from .generalising import overfitting as overfitting
+from .landscape import lines as lines
+from .landscape import plane as plane
+from .learned import coefficients as coefficients
+from .ranking import costs as costs
+from .ranking import leaderboard as leaderboard
+from .sweeps import comparisons as comparisons
+from .training import curves as curves
+from .writing import save_figure as save_figure
+from .writing import write_pictures as write_pictures
