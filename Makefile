@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: learn test check lint bench clean
+.PHONY: learn test check lint notebooks bench clean
 
 learn: $(VENV)/.installed
 	$(BIN)/python -m soups.learn configs/digits.yaml
@@ -17,6 +17,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest notebooks --overwrite
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/soup_construction.py
