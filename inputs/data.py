@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,13 @@ from inputs.shifts import Shift, shift_image
 from inputs.sources import PixelReader, find_split, known_splits, unknown_split
 from inputs.splits import take_splits
 
-__all__ = ["ImageSet", "LearningData", "load_learning_data", "load_report_data"]
+__all__ = [
+    "ImageSet",
+    "LearningData",
+    "load_learning_data",
+    "load_report_data",
+    "report_refused",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -136,11 +143,28 @@ def load_learning_data(config: DataConfig, *, memory_budget: int) -> LearningDat
     return LearningData(**sets, classes=sets["fit"].classes)
 
 
+# What is raised for *report*, by whom of those that are at work and must not read it.
+_refusals: list[Callable[[], Exception]] = []
+
+
+@contextmanager
+def report_refused(error: Callable[[], Exception]) -> Iterator[None]:
+    """While this is open, `load_report_data` raises `error()`, in all threads of this process."""
+    _refusals.append(error)
+    try:
+        yield
+    finally:
+        _refusals.remove(error)
+
+
 def load_report_data(config: DataConfig, *, memory_budget: int) -> dict[str, ImageSet]:
     """*report*, and each of its shifts as `report_<kind>_<severity>`, made as it is read.
 
-    Raises InputError as `load_learning_data` does.
+    Raises InputError as `load_learning_data` does, and what `report_refused` was given where that
+    is open.
     """
+    if _refusals:
+        raise _refusals[-1]()
     report = _load(config, ("report",), memory_budget)["report"]
     shifted = [
         report.shifted(kind, severity, seed=config.split_seed)

@@ -248,7 +248,8 @@ class SweepConfig(Settings):
     processes share the cores, each within the config's own memory budget. Of a run's soups only the
     coefficients stay, unless `keep_soups` is set. Learners are compared
     with those in `compare` on *report*; runs that differ in the axis `repeats` alone are draws of
-    the same thing, and those of the axis `zoos` are kept apart and also averaged.
+    the same thing, so are those that differ in the axis `seeds` (learners' own seeds on one draw),
+    and those of the axis `zoos` are kept apart and also averaged.
     """
 
     axes: Annotated[dict[RowName, Axis], Field(min_length=1)]
@@ -256,11 +257,12 @@ class SweepConfig(Settings):
     keep_soups: bool = False
     compare: list[RowName] = ["greedy"]
     repeats: str = "split"
+    seeds: str = "seed"
     zoos: str = "zoo"
 
     @model_validator(mode="after")
     def _axes_that_are_apart(self) -> SweepConfig:
-        for field in ("repeats", "zoos"):
+        for field in ("repeats", "seeds", "zoos"):
             name = getattr(self, field)
             if field in self.model_fields_set and name not in self.axes:
                 raise ValueError(f"`{field}`: there is no axis {name!r}{nearest(name, self.axes)}")

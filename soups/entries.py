@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from inputs.config import Settings
 from inputs.data import ImageSet
 from merge.coefficients import Coefficients
 from soups.candidates import Files, Models
-from soups.leaderboard import Metrics, Row, load_predictions, save_predictions, score
+from soups.examples import FILE, ReportExamples, RowOutcomes, disagreements, thumbnails
+from soups.leaderboard import REPORT, Metrics, Row, load_predictions, save_predictions, score
 from soups.learners.registry import BestSingle, Greedy, GreedyFull, Uniform, WiseFT
 from soups.record import fingerprint
 from soups.run import Run
@@ -105,18 +106,23 @@ def _notes(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def evaluate_entries(
-    this: Run, entries: Sequence[Entry], sets: Sets
+    this: Run, entries: Sequence[Entry], sets: Sets, scored: Callable[[Sequence[str]], None]
 ) -> list[tuple[Row, dict[str, np.ndarray]]]:
     """The rows' metrics, and whether each example is right; what is finished is not run again.
 
+    `scored` is told which rows are to be run, before they are.
     All models that are to be run go over the images together, from the weights in their files; so
     do the ingredients of the ensembles. Each row is on record once its chunk is through.
     """
     images = {name: images.digest() for name, images in sets.items()}
+    # What is kept of a row: a table that asks for more evaluates it again.
+    kept = [f.name for kind in (Metrics, RowOutcomes) for f in fields(kind)]
     inputs = {
-        entry.row: fingerprint(entry.inputs | images | {"run": this.inputs}) for entry in entries
+        entry.row: fingerprint(entry.inputs | images | {"run": this.inputs, "kept": kept})
+        for entry in entries
     }
     todo = [e for e in entries if not this.steps.is_done(f"evaluate/{e.row}", inputs[e.row])]
+    scored([entry.row for entry in todo])
     for entry, logits in _all_logits(this, todo, sets):
         _finish(this, entry, inputs[entry.row], logits, sets)
     this.session.release()
@@ -183,8 +189,7 @@ def _ensemble_logits(
 
 def _finish(this: Run, entry: Entry, inputs: str, logits: Logits, sets: Sets) -> None:
     name = f"evaluate/{entry.row}"
-    path = this.folder / "work" / name / "predictions.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = this.folder / "work" / name
     labels = {name: images.labels.numpy() for name, images in sets.items()}
     arrays = {name: values.numpy() for name, values in logits.items()}
     temperature = fit_temperature(arrays["select"], labels["select"])
@@ -195,8 +200,28 @@ def _finish(this: Run, entry: Entry, inputs: str, logits: Logits, sets: Sets) ->
         "report": vars(score(arrays["report"], labels["report"], temperature=temperature)),
         "extra": {name: accuracy(right[name]) for name in sets if name not in ("select", "report")},
     }
-    save_predictions(path, {entry.row: right})
-    this.steps.finish(name, inputs, [path], result)
+    save_predictions(folder / "predictions.npz", {entry.row: right})
+    outcomes = {entry.row: RowOutcomes.of(arrays[REPORT], labels[REPORT])}
+    _examples(sets[REPORT], outcomes, np.zeros(0, dtype=np.int64)).save(folder / FILE)
+    this.steps.finish(name, inputs, [folder / "predictions.npz", folder / FILE], result)
+
+
+def _examples(
+    report: ImageSet, rows: Mapping[str, RowOutcomes], shown: Int64[np.ndarray, " shown"]
+) -> ReportExamples:
+    pixels = thumbnails(report, shown)
+    return ReportExamples(report.labels.numpy(), report.classes, shown, pixels, rows)
+
+
+def report_examples(this: Run, rows: Sequence[str], report: ImageSet) -> ReportExamples:
+    """Of evaluated rows, each one's outcomes on *report*, and the images on which they disagree."""
+    outcomes = {
+        row: ReportExamples.load(this.folder / "work" / "evaluate" / row / FILE).rows[row]
+        for row in rows
+    }
+    labels = report.labels.numpy()
+    shown = disagreements([own.predicted == labels for own in outcomes.values()])
+    return _examples(report, outcomes, shown)
 
 
 def _row(this: Run, entry: Entry) -> tuple[Row, dict[str, np.ndarray]]:

@@ -57,11 +57,13 @@ def finetune(
 def run(config: LearnConfig, *, root: Path, fresh: bool, progress: bool) -> None:
     """Load the images, make the zoo, show its table."""
     from inputs.data import load_learning_data
+    from soups.report_door import shut
     from soups.zoo import describe, left_out, make_zoo
 
     device = choose_device(config.device)
     data = load_learning_data(config.data, memory_budget=config.memory_budget)
-    table = make_zoo(config, data, root=root, device=device, fresh=fresh, progress=progress)
+    with shut(lambda: "fine-tuning"):
+        table = make_zoo(config, data, root=root, device=device, fresh=fresh, progress=progress)
     typer.echo(describe(table, left_out(config.zoo.path)))
     count = f"{len(table)} ingredient{'s' * (len(table) != 1)}"
     typer.echo(f"{count} in {config.zoo.path}, with curves.png")

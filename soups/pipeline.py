@@ -12,24 +12,20 @@ from torch import nn
 
 from fleet import Group
 from inputs.command import choose_device
-from inputs.data import LearningData, load_learning_data, load_report_data
+from inputs.data import LearningData, load_learning_data
 from inputs.models import build_model
 from merge.coefficients import Coefficients
 from soups.barrier import probe_midpoints
+from soups.caption import Setting, readings_text
 from soups.checks import select_problems
 from soups.config import LearnConfig
 from soups.cross_fitting import cross_fit_rows, keep_own, with_out_of_fold
-from soups.entries import evaluate_entries, soup_entry
+from soups.entries import Entry, evaluate_entries, report_examples, soup_entry
 from soups.errors import SoupError
+from soups.examples import FILE as EXAMPLES
 from soups.ingredients import find_ingredients, open_zoo
 from soups.kitchen import cook_soup
-from soups.leaderboard import (
-    Row,
-    save_predictions,
-    terminal_table,
-    with_intervals,
-    write_leaderboard,
-)
+from soups.leaderboard import REPORT, Row, save_predictions, with_intervals
 from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
@@ -43,14 +39,20 @@ from soups.plan import (
     plan_table,
 )
 from soups.plots.writing import write_pictures
+from soups.readings import count_readings, earlier_readings, keep_readings
 from soups.record import RunRecord, Steps, check_writable, fingerprint, locked
 from soups.references import references
+from soups.report_door import Report, open_report, shut
 from soups.reports.making import judge_reports, make_reports
 from soups.reports.points import report_problems
 from soups.run import Run
 from soups.session import Session
 from soups.statistics import accuracy, correctness
+from soups.tables import terminal_table, write_leaderboard
 from soups.zoo import make_zoo
+
+# Rows are compared with the first learner of each of these types.
+BASELINES = ("best_single", "greedy")
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +69,29 @@ def run(
     folder = config.output / config.name
     check_writable(folder)
     with locked(folder):
-        this = open_run(config, folder, device, root=root, fresh=fresh, progress=progress)
-        plans = _plan(this, say)
-        this.score_ingredients()
+        with shut(lambda: f"{config.name}, before it learns"):
+            this = open_run(config, folder, device, root=root, fresh=fresh, progress=progress)
+        with shut(lambda: this.session.row or config.name):
+            plans = _plan(this, say)
+            this.score_ingredients()
+            this.record.save()
+            soups = {
+                row: _soup(this, row, settings, plans[row])
+                for row, settings in config.learners.items()
+            }
+            cross_fit_rows(this, {row: plan.block_size for row, plan in plans.items()})
+            make_reports(this, soups)
+            this.session.release()
+            entries = [soup_entry(this, row, soup) for row, soup in soups.items()]
+            entries += references(this, soups)
+        # Learning is over: from here on, and only here, *report* is read.
+        report = open_report(config, this.record, who=f"the leaderboard of {config.name}")
+        rows = _leaderboard(this, entries, soups, report)
         this.record.save()
-        soups = {
-            row: _soup(this, row, settings, plans[row]) for row, settings in config.learners.items()
-        }
-        cross_fit_rows(this, {row: plan.block_size for row, plan in plans.items()})
-        make_reports(this, soups)
-        this.session.release()
-        rows = _leaderboard(this, soups)
+        if config.pictures:
+            write_pictures(folder)
     say(terminal_table(rows))
+    say(f"\n{readings_text(count_readings(report.readings))}")
     found = ["leaderboard.md", "leaderboard.csv", "run.json", "coefficients/", "soups/"]
     found += ["pictures/"] * config.pictures + ["reports/"] * bool(config.reports)
     say(f"\n{folder}: {', '.join(found)}")
@@ -133,12 +146,14 @@ def open_run(
         progress=progress,
     )
     steps = Steps(folder, fresh=fresh)
+    readings = earlier_readings(folder / "run.json")
     record = RunRecord(
         folder / "run.json",
         config=config.model_dump(mode="json", by_alias=True),
         seed=config.seed,
         device=_device_name(device),
     )
+    keep_readings(record, readings)
     record.add(
         tensors=zoo.preflight.carried,
         notes=zoo.preflight.notes,
@@ -316,33 +331,32 @@ def _cook(this: Run, row: str, coefficients: Coefficients) -> None:
 # --- the table -----------------------------------------------------------------------------------
 
 
-def _leaderboard(this: Run, soups: Mapping[str, Coefficients]) -> list[Row]:
-    """Evaluate every row on *select* and on the report sets; write tables, pictures, record."""
+def _leaderboard(
+    this: Run, entries: Sequence[Entry], soups: Mapping[str, Coefficients], report: Report
+) -> list[Row]:
+    """Evaluate every row on *select* and on the report sets; write tables and predictions."""
     config, folder = this.config, this.folder
-    entries = [soup_entry(this, row, soup) for row, soup in soups.items()]
-    entries += references(this, soups)
-    # Learning is over: from here on, and only here, *report* is read.
-    report = load_report_data(config.data, memory_budget=config.memory_budget)
+    images = report.sets[REPORT]  # shifted ones are made as they are read
     if this.session.in_use is not None and this.session.device.type == "cpu":
-        images = report["report"]  # shifted ones are made as they are read
         this.session.in_use += len(images) * images.pixels(torch.arange(1)).nbytes
-    evaluated = evaluate_entries(this, entries, {"select": this.data.select, **report})
+    sets = {"select": this.data.select, **report.sets}
+    evaluated = evaluate_entries(this, entries, sets, report.scored)
     rows = [row for row, _ in evaluated]
     predictions = {row.learner: right for row, right in evaluated}
-    singles = [r for r, s in config.learners.items() if s.type == "best_single"]
-    rows = with_intervals(rows, predictions, baseline=next(iter(singles), None), seed=config.seed)
+    firsts = {settings.type: row for row, settings in reversed(config.learners.items())}
+    baselines = [firsts[kind] for kind in BASELINES if kind in firsts]
+    rows = with_intervals(rows, predictions, baselines=baselines, seed=config.seed)
     rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
-    judge_reports(this, soups, report["report"])
+    report_examples(this, [*predictions], images).save(folder / EXAMPLES)
+    judge_reports(this, soups, report)
     this.session.release()
-    write_leaderboard(
-        rows,
-        folder,
+    setting = Setting(
         data=config.data.path,
         select_examples=len(this.data.select),
-        report_examples=len(report["report"]),
+        report_examples=len(images),
+        readings=count_readings(report.readings),
+        diversity=this.diversity,
     )
-    this.record.save()
-    if config.pictures:
-        write_pictures(folder)
+    write_leaderboard(rows, folder, setting)
     return rows

@@ -12,6 +12,7 @@ import torch
 from inputs.data import LearningData
 from inputs.models import describe_model
 from soups.config import LearnConfig
+from soups.diversity import Diversity, diversity
 from soups.folds import fold_count
 from soups.leaderboard import load_predictions, save_predictions
 from soups.meter import Meter
@@ -76,7 +77,17 @@ class Run:
         right = torch.stack([torch.from_numpy(saved[str(k)]["select"]) for k in range(len(names))])
         session.ingredients = IngredientScores.of(right, steps.result("ingredients")["seconds"])
         named = dict(zip(names, session.ingredients.accuracies, strict=True))
-        self.record.add(ingredients={"select_accuracy": named})
+        found = {"select_accuracy": named}
+        if self.diversity is not None:
+            found |= vars(self.diversity)
+        self.record.add(ingredients=found)
+
+    @cached_property
+    def diversity(self) -> Diversity | None:
+        """How alike the ingredients err on *select*; None of a single one."""
+        right = self.session.ingredients.right
+        assert right is not None, "score_ingredients comes first"
+        return diversity(right.numpy()) if len(right) > 1 else None
 
     @cached_property
     def folds(self) -> int:

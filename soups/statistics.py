@@ -5,16 +5,12 @@ Arrays may be numpy's or torch tensors on the CPU. Everything is computed in flo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
-from scipy.stats import norm
-from scipy.stats import t as student
 
 from soups.errors import SoupError
 
@@ -82,6 +78,17 @@ def expected_calibration_error(logits: Logits, labels: Labels, bins: int = 15) -
     return float(np.abs(gaps).sum() / len(classes))
 
 
+def brier_score(logits: Logits, labels: Labels) -> float:
+    """The mean over rows of Σ_c (p_c − [c is the label])², from 0 to 2 (Brier 1950).
+
+    A proper score, like the likelihood, that no single row can make infinite.
+    """
+    values, classes = _checked(logits, labels)
+    errors = softmax(values, axis=1)
+    errors[np.arange(len(classes)), classes] -= 1
+    return float(np.square(errors).sum(axis=1).mean())
+
+
 def fit_temperature(logits: Logits, labels: Labels) -> float:
     """The β > 0 for which β · logits has the least negative log-likelihood (1706.04599).
 
@@ -112,7 +119,7 @@ def bootstrap_interval(
     right = _outcomes(correct)
     n = len(right)
     counts = np.random.default_rng(seed).binomial(n, right.mean(), size=resamples)
-    return _percentiles(counts / n, level)
+    return percentiles(counts / n, level)
 
 
 def paired_difference_interval(
@@ -127,19 +134,25 @@ def paired_difference_interval(
 
     A row counts −1, 0 or +1, so that a resample is one draw of Multinomial(n, shares of the three).
     """
+    wins, losses = wins_and_losses(correct_a, correct_b)
+    n = len(correct_a)
+    shares = np.array([losses, n - wins - losses, wins]) / n
+    counts = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
+    return percentiles((counts[:, 2] - counts[:, 0]) / n, level)
+
+
+def wins_and_losses(correct_a: Correct, correct_b: Correct) -> tuple[int, int]:
+    """How many rows only a has right, and how many only b; SoupError for unlike numbers of rows."""
     a, b = _outcomes(correct_a), _outcomes(correct_b)
     if len(a) != len(b):
         raise SoupError(
-            f"paired interval: found {len(a)} and {len(b)} outcomes; wanted those of the same rows"
+            f"paired rows: found {len(a)} and {len(b)} outcomes; wanted those of the same rows"
         )
-    n = len(a)
-    wins, losses = np.count_nonzero(a & ~b), np.count_nonzero(b & ~a)
-    shares = np.array([losses, n - wins - losses, wins]) / n
-    counts = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
-    return _percentiles((counts[:, 2] - counts[:, 0]) / n, level)
+    return int(np.count_nonzero(a & ~b)), int(np.count_nonzero(b & ~a))
 
 
-def _percentiles(values: Float64[np.ndarray, " resamples"], level: float) -> Interval:
+def percentiles(values: Float64[np.ndarray, " resamples"], level: float) -> Interval:
+    """The interval that holds the middle `level` of what resamples gave."""
     if not 0 < level < 1:
         raise SoupError(f"level is {level}; wanted a number between 0 and 1, such as 0.95")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
@@ -185,145 +198,3 @@ def _of_label(
     values: Float64[np.ndarray, "rows classes"], classes: Int[np.ndarray, " rows"]
 ) -> Float64[np.ndarray, " rows"]:
     return np.take_along_axis(values, classes[:, None], axis=1)[:, 0]
-
-
-# --- over several runs ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PairedRun:
-    """right(a) − right(b) on each report image of one run.
-
-    `zoo` and `split` say which draws the run is from; runs with the same `images` have the same
-    report images in the same order.
-    """
-
-    zoo: str
-    split: str
-    images: str
-    difference: Float64[np.ndarray, " rows"]
-
-
-# Of fewer zoos than these nothing is known of others.
-FEWEST_ZOOS = 3
-
-
-def hierarchical_interval(
-    runs: Sequence[PairedRun], *, level: float = 0.95, resamples: int = 2000, seed: int
-) -> tuple[float, Interval]:
-    """The mean difference, over zoos, of their splits, of these runs, and its bootstrap interval.
-
-    Three or more zoos are resampled, whole; of fewer, the splits, whole, and the interval speaks
-    of these zoos alone. Resampling whole ones repeats all that varies inside them (Davison &
-    Hinkley 1997, section 3.8). A split of one name is one draw for all zoos: where all zoos have
-    the same splits, each is resampled with its runs of all zoos, and beside three or more zoos
-    too, independently of them (0712.1111; what a split does to one zoo alone then counts twice).
-    Else splits are resampled within each zoo. Since they are few, their deviations are widened by
-    √(m/(m−1)) · t(m−1)/z, as Student's interval is (1411.5279). What all share is the images:
-    these are resampled too, for all runs that have them at once, and their deviations shrunk by the
-    variance that zoos and splits have by themselves, so that it counts once. With one split, only
-    images are resampled.
-    """
-    if not runs:
-        raise SoupError("hierarchical interval: found no runs; wanted at least one")
-    if not 0 < level < 1:
-        raise SoupError(f"level is {level}; wanted a number between 0 and 1, such as 0.95")
-    zoos = _by_zoo(runs)
-    rng = np.random.default_rng(seed)
-    drawn = np.zeros(resamples)
-    by_images: dict[str, Float64[np.ndarray, " rows"]] = {}
-    counted: dict[str, float] = {}
-    centre = 0.0
-    for zoo in zoos:
-        centre += float(_totals([*zoo.values()]).sum())
-        for images, parts in _parts([*zoo.values()]).items():
-            by_images[images] = by_images.get(images, np.zeros(1)) + np.sum(parts, axis=0)
-    for units in _resampled_units(zoos):
-        totals = _totals(units)
-        drawn += _resampled_sums(totals - totals.mean(), level, resamples, rng)
-        for images, parts in _parts(units).items():
-            counted[images] = counted.get(images, 0.0) + _own_variance(parts, len(units))
-    for images, values in by_images.items():
-        variance = float(values.var())
-        left = max(0.0, variance - counted[images])
-        if left > 0:
-            # The values are few: drawing how often each comes up is drawing images.
-            kinds, counts = np.unique(values.round(12), return_counts=True)
-            n = len(values)
-            means = rng.multinomial(n, counts / n, size=resamples) @ kinds / n
-            drawn += (means - values.mean()) * np.sqrt(left / variance)
-    return centre, _percentiles(centre + drawn, level)
-
-
-# That part of the mean over zoos, of splits, of runs, which some runs contribute, for each image.
-_Unit = dict[str, Float64[np.ndarray, " rows"]]
-
-
-def _by_zoo(runs: Sequence[PairedRun]) -> list[dict[str, _Unit]]:
-    """For each zoo, what each of its splits contributes."""
-    tree: dict[str, dict[str, list[PairedRun]]] = {}
-    for run in runs:
-        tree.setdefault(run.zoo, {}).setdefault(run.split, []).append(run)
-    zoos = []
-    for splits in tree.values():
-        units = {}
-        for name, of_split in splits.items():
-            weight = 1 / (len(tree) * len(splits) * len(of_split))
-            units[name] = _sums([{run.images: weight * run.difference} for run in of_split])
-        zoos.append(units)
-    return zoos
-
-
-def _resampled_units(zoos: Sequence[dict[str, _Unit]]) -> list[list[_Unit]]:
-    """Lists of what is resampled among each other: zoos, splits of all zoos, or of each zoo."""
-    crossed = all(zoo.keys() == zoos[0].keys() for zoo in zoos)
-    by_split = [[_sums([zoo[name] for zoo in zoos]) for name in zoos[0]]] if crossed else []
-    if len(zoos) >= FEWEST_ZOOS:
-        return [[_sums([*zoo.values()]) for zoo in zoos], *by_split]
-    return by_split or [[*zoo.values()] for zoo in zoos]
-
-
-def _totals(units: Sequence[_Unit]) -> Float64[np.ndarray, " units"]:
-    return np.array([sum(float(part.mean()) for part in unit.values()) for unit in units])
-
-
-def _parts(units: Sequence[_Unit]) -> dict[str, list[Float64[np.ndarray, " rows"]]]:
-    """For each set of images, the parts of the units that have it."""
-    return {
-        images: [unit[images] for unit in units if images in unit]
-        for images in dict.fromkeys(key for unit in units for key in unit)
-    }
-
-
-def _sums(parts: Sequence[_Unit]) -> _Unit:
-    found: _Unit = {}
-    for part in parts:
-        for images, values in part.items():
-            found[images] = found[images] + values if images in found else values
-    return found
-
-
-def _own_variance(parts: Sequence[Float64[np.ndarray, " rows"]], units: int) -> float:
-    """The variance over images of the parts' sum that the units do not share: resampling them
-    has it already. All of it where they do not have the same images; none of a single unit's."""
-    if units < 2:
-        return 0.0
-    if len(parts) < units:
-        return float(sum(part.var() for part in parts))
-    mean = np.mean(parts, axis=0)
-    return float(sum((part - mean).var() for part in parts)) * units / (units - 1)
-
-
-def _resampled_sums(
-    deviations: Float64[np.ndarray, " units"],
-    level: float,
-    resamples: int,
-    rng: np.random.Generator,
-) -> Float64[np.ndarray, " resamples"]:
-    """Sums of resamples of the deviations, widened since there are few."""
-    m = len(deviations)
-    if m < 2:
-        return np.zeros(resamples)
-    tail = (1 + level) / 2
-    widened = np.sqrt(m / (m - 1)) * student.ppf(tail, m - 1) / norm.ppf(tail)
-    return widened * (rng.multinomial(m, np.full(m, 1 / m), size=resamples) @ deviations)

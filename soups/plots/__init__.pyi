@@ -1,4 +1,5 @@
 from .agreement import deltas as deltas
+from .calibration import reliability as reliability
 from .counts import subsets as subsets
 from .effects import leave_one_out as leave_one_out
 from .effects import shapley as shapley

@@ -57,7 +57,7 @@ def leaderboard(folder: str | Path) -> Figure:
         axes.plot(report[own], y, "o", color=colour, ms=6, zorder=4, label=label)
         look = {"mfc": "white", "mec": colour, "ms": 5, "mew": 1.1, "zorder": 3}
         axes.plot(select[own], y, "D", label=f"{kind}: select", **look)
-    for row in rows.index[rows["learner"] == rows["baseline"]][:1]:
+    for row in rows.index[rows["learner"] == _first_baseline(rows)][:1]:
         label = f"{rows['learner'][row]}: report"
         axes.axvline(report[row], color=GREY, lw=0.8, ls="--", zorder=0, label=label)
     axes.set_yticks(positions, [elided(name) for name in rows["learner"]])
@@ -68,6 +68,12 @@ def leaderboard(folder: str | Path) -> Figure:
     clean_axes(axes)
     legend_below(figure, [axes], columns_at_most=3)
     return figure
+
+
+def _first_baseline(rows: pd.DataFrame) -> str | None:
+    """The row that others are compared with first: the table has a column with its p-values."""
+    compared = [name for name in rows.columns if f"{name}_p_holm" in rows.columns]
+    return compared[0].removeprefix("vs_") if compared else None
 
 
 def _positions(rows: pd.DataFrame) -> np.ndarray:

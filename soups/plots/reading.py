@@ -32,7 +32,13 @@ def read_table(path: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=True)
+        table = pd.read_csv(
+            # A name may well be `none`; a number that is not known is written as nothing or nan.
+            path,
+            dtype=dict.fromkeys(texts, str),
+            keep_default_na=False,
+            na_values=["", "nan"],
+        )
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise SoupError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from soups.sweeps.tables import Comparison
 
 # What the tables call the runs of all labels of an axis.
 ALL = "all"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How far a learner is from the baseline, in points, with the ends of its interval.
+
+    Over the runs of `zoo`, or of all, with the labels `fixed`.
+    """
+
+    learner: str
+    zoo: str
+    fixed: Mapping[str, str]
+    mean: float
+    low: float
+    high: float
 
 
 def comparisons(folder: str | Path, baseline: str | None = None) -> Figure:
@@ -37,17 +52,16 @@ def comparisons(folder: str | Path, baseline: str | None = None) -> Figure:
     Reads `comparisons.csv` and `runs.csv` in the sweep's folder; without `baseline`, the first one
     in it. Raises SoupError where they are not there, or have no such baseline.
     """
-    from soups.statistics import Interval
-    from soups.sweeps.tables import Comparison
-
     folder = Path(folder)
     remedy = f"{LEARN} writes it for a config with `sweep:`"
     path = needed(folder / "comparisons.csv", "the comparisons of a sweep", remedy)
-    table = read_table(path, texts=("baseline", "learner"))
-    texts = [*table.columns[: table.columns.get_loc("runs")]]
-    table[texts] = table[texts].astype(str)
-    runs = read_table(needed(folder / "runs.csv", "the runs of a sweep", remedy))
-    soups = set(runs.loc[runs["kind"] == "soup", "learner"].astype(str))
+    columns = [*read_table(path, texts=("baseline", "learner", "runs")).columns]
+    texts = columns[: columns.index("runs")]
+    table = read_table(path, texts=texts)
+    runs = read_table(
+        needed(folder / "runs.csv", "the runs of a sweep", remedy), texts=("learner", "kind")
+    )
+    soups = set(runs.loc[runs["kind"] == "soup", "learner"])
     known = [*dict.fromkeys(table["baseline"])]
     baseline = baseline or next(iter(known), None)
     if baseline not in known:
@@ -56,20 +70,22 @@ def comparisons(folder: str | Path, baseline: str | None = None) -> Figure:
             f"sweep.compare, and run {LEARN} again"
         )
     zoo, axes = texts[2], texts[3:]
-    points = ["mean_points", "low_points", "high_points"]
-    found = []
-    for row in table[(table["baseline"] == baseline) & table["learner"].isin(soups)].to_dict(
-        "records"
-    ):
-        mean, low, high = (row[name] / 100 for name in points)
-        fixed = {axis: row[axis] for axis in axes if row[axis] != ALL}
-        counts = (row["runs"], row["splits"], row["splits_ahead"])
-        interval = Interval(low, high)
-        found.append(Comparison(baseline, row["learner"], row[zoo], fixed, *counts, mean, interval))
-    return draw_comparisons(found, axes, all_label=ALL)
+    own = table[(table["baseline"] == baseline) & table["learner"].isin(soups)]
+    found = [
+        Compared(
+            learner=row["learner"],
+            zoo=row[zoo],
+            fixed={axis: row[axis] for axis in axes if row[axis] != ALL},
+            mean=row["mean_points"],
+            low=row["low_points"],
+            high=row["high_points"],
+        )
+        for row in own.to_dict("records")
+    ]
+    return draw_comparisons(found, baseline, axes)
 
 
-def draw_comparisons(found: Sequence[Comparison], axes: Sequence[str], *, all_label: str) -> Figure:
+def draw_comparisons(found: Sequence[Compared], baseline: str, axes: Sequence[str]) -> Figure:
     """Draw differences to one baseline with their intervals.
 
     A row of panels for each zoo, a column for each label of the first of `axes`; in a panel the
@@ -77,7 +93,7 @@ def draw_comparisons(found: Sequence[Comparison], axes: Sequence[str], *, all_la
     """
     columns_of = axes[0] if axes else None
     marks_of = axes[1] if len(axes) == 2 else None
-    zoos = [*dict.fromkeys(one.zoo for one in found if one.zoo != all_label)] or [all_label]
+    zoos = [*dict.fromkeys(one.zoo for one in found if one.zoo != ALL)] or [ALL]
     learners = [*dict.fromkeys(one.learner for one in found)]
     wanted = {axis for axis in (columns_of, marks_of) if axis}
     shown = [one for one in found if set(one.fixed) == wanted]
@@ -95,10 +111,9 @@ def draw_comparisons(found: Sequence[Comparison], axes: Sequence[str], *, all_la
     for row, zoo in enumerate(zoos):
         for column, label in enumerate(columns):
             title = f"{columns_of} {label}" if columns_of else ""
-            _dress(grid[row, column], f"{zoo}: {title}" if zoo != all_label else title)
+            _dress(grid[row, column], f"{zoo}: {title}" if zoo != ALL else title)
         name_rows(grid[row, 0], learners)
     grid[0, 0].set_ylim(len(learners) - 0.4, -0.6)
-    baseline = found[0].baseline if found else ""
     figure.supxlabel(
         f"report accuracy minus that of {baseline}, points; 95% intervals", fontsize=LABEL
     )
@@ -119,11 +134,10 @@ def draw_comparisons(found: Sequence[Comparison], axes: Sequence[str], *, all_la
     return figure
 
 
-def _draw(axes: Axes, one: Comparison, learner: int, mark: int, marks: int) -> None:
+def _draw(axes: Axes, one: Compared, learner: int, mark: int, marks: int) -> None:
     y = learner + (mark - (marks - 1) / 2) * 0.75 / marks
-    low, high = one.interval
-    axes.hlines(y, 100 * low, 100 * high, _colour(mark), lw=1.4)
-    axes.plot(100 * one.mean, y, MARKERS[mark % len(MARKERS)], ms=4, color=_colour(mark), zorder=3)
+    axes.hlines(y, one.low, one.high, _colour(mark), lw=1.4)
+    axes.plot(one.mean, y, MARKERS[mark % len(MARKERS)], ms=4, color=_colour(mark), zorder=3)
 
 
 def _dress(axes: Axes, title: str) -> None:

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from inputs.data import ImageSet
 from merge.coefficients import Coefficients
+from soups.leaderboard import REPORT
 from soups.meter import Meter
 from soups.record import fingerprint
+from soups.report_door import Report
 from soups.reports.material import Material
 from soups.reports.points import named_points
 from soups.reports.registry import REPORTS, Plane
@@ -48,8 +49,9 @@ def make_reports(this: Run, soups: Mapping[str, Coefficients]) -> None:
         this.record.add(reports={row: result}, warnings=result["record"].get("warnings", []))
 
 
-def judge_reports(this: Run, soups: Mapping[str, Coefficients], images: ImageSet) -> None:
-    """What *report*, whose `images` these are, says of that which rows have found on *select*."""
+def judge_reports(this: Run, soups: Mapping[str, Coefficients], report: Report) -> None:
+    """What *report*, which is open, says of that which rows have found on *select*."""
+    images = report.sets[REPORT]
     material = Material(this.session, soups)
     for row, settings in this.config.reports.items():
         judge = REPORTS[settings.type].judging()
@@ -58,6 +60,7 @@ def judge_reports(this: Run, soups: Mapping[str, Coefficients], images: ImageSet
         found = this.steps.result(f"{MADE}/{row}")["record"]
         inputs = fingerprint(this.inputs | {"found": found, "images": images.digest()})
         if not this.steps.is_done(f"{JUDGED}/{row}", inputs):
+            report.scored([f"reports.{row}"])
             _make(this, JUDGED, row, inputs, lambda path: judge(material, found, images, path))  # noqa: B023
         judged = this.steps.result(f"{JUDGED}/{row}")
         made = this.record.entries["reports"][row]

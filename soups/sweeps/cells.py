@@ -61,6 +61,7 @@ def make_zoos(
     """
     from inputs.data import load_learning_data
     from inputs.models import describe_model
+    from soups.report_door import shut
     from soups.zoo import make_zoo
 
     known: dict[str, list[list[Any]]] = {}
@@ -78,7 +79,8 @@ def make_zoos(
             if _is_made(config.zoo):
                 data = load_learning_data(config.data, memory_budget=config.memory_budget)
                 device = choose_device(config.device)
-                make_zoo(config, data, root=root, device=device, progress=progress)
+                with shut(lambda: "fine-tuning"):
+                    make_zoo(config, data, root=root, device=device, progress=progress)
             known[key] = _stamps(config.zoo)
         found.append(fingerprint({"images": digests, "files": known[key], "model": model}))
     return found
@@ -143,15 +145,17 @@ def _seconds_before(folder: Path, made_from: str) -> float:
 
 def _load_images(config: LearnConfig) -> tuple[int, dict[str, str]] | str:
     """How many images *select* has, and every split's digest; or what is wrong with them."""
-    from inputs.data import load_learning_data, load_report_data
+    from inputs.data import load_learning_data
+    from soups.leaderboard import REPORT
+    from soups.report_door import report_digest
 
     try:
         data = load_learning_data(config.data, memory_budget=config.memory_budget)
-        report = load_report_data(config.data, memory_budget=config.memory_budget)["report"]
+        digests = {REPORT: report_digest(config)}
     except (InputError, SoupError) as error:
         return str(error)
-    splits = (data.fit, data.tune, data.select, report)
-    return len(data.select), {images.name: images.digest() for images in splits}
+    splits = (data.fit, data.tune, data.select)
+    return len(data.select), {images.name: images.digest() for images in splits} | digests
 
 
 def _is_made(zoo: ZooConfig) -> bool:

@@ -238,7 +238,8 @@ def _made_from(config: LearnConfig, inputs: str) -> str:
 
 
 def _is_finished(cell: Cell, made_from: str, keep_soups: bool) -> bool:
-    outputs = ["leaderboard.csv", "predictions.npz", "run.json", *["soups"] * keep_soups]
+    outputs = ["leaderboard.csv", "predictions.npz", "examples.npz", "run.json"]
+    outputs += ["soups"] * keep_soups
     return cell_record(cell.folder).get("made_from") == made_from and all(
         (cell.folder / output).exists() for output in outputs
     )

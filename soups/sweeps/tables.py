@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,14 @@ from inputs.config import DataConfig
 from inputs.figures import picture_files, save_figure
 from inputs.files import write_whole
 from soups.config import LearnConfig, SweepConfig
+from soups.hierarchy import PairedRun, draws, hierarchical_interval
 from soups.leaderboard import REPORT, load_predictions
-from soups.plots.sweeps import ALL, draw_comparisons
+from soups.plots.sweeps import ALL, comparisons
+from soups.readings import count_readings, earlier_readings
 from soups.record import fingerprint
-from soups.statistics import FEWEST_ZOOS, Interval, PairedRun, hierarchical_interval
+from soups.statistics import Interval
+from soups.sweeps.caption import caption
+from soups.variance import Spread, spread
 
 # Of a run's leaderboard, what its rows in `runs.csv` have.
 COLUMNS = (
@@ -44,19 +47,22 @@ COLUMNS = (
 )
 SHOWN = ("select_accuracy", "out_of_fold_accuracy", "report_accuracy")
 COSTS = ("seconds", "forward_passes", "backward_passes")
+SPREADS = ("zoos", "splits", "learner_seeds", "images")
 
 
 @dataclass(frozen=True)
 class RunResult:
     """A finished run: axis → label, its leaderboard's rows, and who was right on *report*.
 
-    Runs with the same `images` have the same report images in the same order.
+    Runs with the same `images` have the same report images in the same order. `readings` says how
+    often rows were scored on them in the run's folder.
     """
 
     labels: Mapping[str, str]
     rows: tuple[Mapping[str, str], ...]
     right: Mapping[str, Bool[np.ndarray, " rows"]]
     images: str
+    readings: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Comparison:
     """Report accuracy of `learner` minus that of `baseline`, as fractions.
 
     It is the mean over the runs of `zoo` (or of all) with the labels `fixed`; of `splits` splits
-    the learner was `ahead` in so many.
+    the learner was `ahead` in so many (of learner seeds, where there is one split). `spread` says
+    how far runs are apart, and by what.
     """
 
     baseline: str
@@ -76,6 +83,7 @@ class Comparison:
     ahead: int
     mean: float
     interval: Interval
+    spread: Spread
 
 
 def read_run(folder: Path, labels: Mapping[str, str], config: LearnConfig) -> RunResult:
@@ -84,7 +92,8 @@ def read_run(folder: Path, labels: Mapping[str, str], config: LearnConfig) -> Ru
         rows = tuple(csv.DictReader(file))
     predictions = load_predictions(folder / "predictions.npz")
     right = {learner: sets[REPORT] for learner, sets in predictions.items()}
-    return RunResult(labels, rows, right, _report_images(config.data))
+    readings = count_readings(earlier_readings(folder / "run.json"))
+    return RunResult(labels, rows, right, _report_images(config.data), readings.times)
 
 
 def write_tables(folder: Path, runs: Sequence[RunResult], settings: SweepConfig) -> str:
@@ -93,25 +102,24 @@ def write_tables(folder: Path, runs: Sequence[RunResult], settings: SweepConfig)
     found = [*compare(runs, settings)]
     write_whole(folder / "comparisons.csv", _comparisons_csv(found, settings))
     text = comparison_tables(found, settings)
-    write_whole(
-        folder / "comparisons.md",
-        f"{mean_table(runs, settings)}\n{text}\n{_caption(runs, settings)}",
-    )
+    parts = [mean_table(runs, settings), text, *spread_tables(found, settings)]
+    write_whole(folder / "comparisons.md", "\n".join([*parts, caption(runs, settings)]))
     # Models fine-tuned on few images are so far below that soups could not be told apart.
     soups = {row["learner"] for run in runs for row in run.rows if row["kind"] == "soup"}
+    drawn = {one.baseline for one in found if one.learner in soups}
     for baseline in settings.compare:
-        of_baseline = [one for one in found if one.baseline == baseline and one.learner in soups]
         path = folder / "pictures" / f"comparisons_{baseline}.png"
         for file in picture_files(path):
             file.unlink(missing_ok=True)
-        if of_baseline:
-            save_figure(draw_comparisons(of_baseline, other_axes(settings), all_label=ALL), path)
+        if baseline in drawn:
+            save_figure(comparisons(folder, baseline), path)
     return text
 
 
 def other_axes(settings: SweepConfig) -> list[str]:
-    """The axes that are neither repeats nor zoos."""
-    return [axis for axis in settings.axes if axis not in (settings.repeats, settings.zoos)]
+    """The axes that are neither draws nor zoos."""
+    draws = (settings.repeats, settings.seeds, settings.zoos)
+    return [axis for axis in settings.axes if axis not in draws]
 
 
 def compare(runs: Sequence[RunResult], settings: SweepConfig) -> Iterator[Comparison]:
@@ -150,6 +158,7 @@ def _compared(
             split=run.labels.get(settings.repeats, ALL),
             images=run.images,
             difference=run.right[learner].astype(np.float64) - run.right[baseline],
+            seed=run.labels.get(settings.seeds, ALL),
         )
         for run in runs
         if learner in run.right and baseline in run.right
@@ -157,11 +166,21 @@ def _compared(
     if not paired:
         return
     splits: dict[tuple[str, str], list[float]] = {}
-    for run in paired:
-        splits.setdefault((run.zoo, run.split), []).append(float(run.difference.mean()))
+    for run, draw in zip(paired, draws(paired), strict=True):
+        splits.setdefault((run.zoo, draw), []).append(float(run.difference.mean()))
     mean, interval = hierarchical_interval(paired, seed=0)
-    ahead = sum(float(np.mean(values)) > 0 for values in splits.values())
-    yield Comparison(baseline, learner, zoo, fixed, len(paired), len(splits), ahead, mean, interval)
+    yield Comparison(
+        baseline=baseline,
+        learner=learner,
+        zoo=zoo,
+        fixed=fixed,
+        runs=len(paired),
+        splits=len(splits),
+        ahead=sum(float(np.mean(values)) > 0 for values in splits.values()),
+        mean=mean,
+        interval=interval,
+        spread=spread(paired),
+    )
 
 
 def mean_table(runs: Sequence[RunResult], settings: SweepConfig) -> str:
@@ -208,6 +227,25 @@ def comparison_tables(found: Sequence[Comparison], settings: SweepConfig) -> str
     return "\n".join(blocks)
 
 
+def spread_tables(found: Sequence[Comparison], settings: SweepConfig) -> list[str]:
+    """Where the spread of each difference over all runs comes from, as Markdown, in points."""
+    blocks = []
+    for baseline in settings.compare:
+        lines = [
+            [one.zoo, one.learner, *("" if s is None else f"{100 * s:.2f}" for s in _spread(one))]
+            for one in found
+            if one.baseline == baseline and not one.fixed
+        ]
+        headers = ["zoo", "learner", *(name.replace("_", " ") for name in SPREADS)]
+        title = f"## Spread of the difference to {baseline}, standard deviations in points"
+        blocks.append(f"{title}\n\n{_pipe(lines, headers, texts=2)}\n")
+    return blocks
+
+
+def _spread(one: Comparison) -> list[float | None]:
+    return [one.spread.zoos, one.spread.splits, one.spread.seeds, one.spread.images]
+
+
 def _points(one: Comparison | None) -> str:
     if one is None:
         return ""
@@ -237,10 +275,12 @@ def _runs_csv(runs: Sequence[RunResult]) -> str:
 
 def _comparisons_csv(found: Sequence[Comparison], settings: SweepConfig) -> str:
     axes = other_axes(settings)
-    numbers = ("runs", "splits", "splits_ahead", "mean_points", "low_points", "high_points")
+    numbers = ["runs", "splits", "splits_ahead", "mean_points", "low_points", "high_points"]
+    numbers += [f"spread_{name}_points" for name in SPREADS]
     table = []
     for one in found:
         points = [100 * value for value in (one.mean, *one.interval)]
+        points += ["" if value is None else 100 * value for value in _spread(one)]
         table.append(
             [one.baseline, one.learner, one.zoo]
             + [one.fixed.get(axis, ALL) for axis in axes]
@@ -254,47 +294,6 @@ def _csv(header: Sequence[str], lines: Sequence[Sequence]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([header, *lines])
     return text.getvalue()
-
-
-def _caption(runs: Sequence[RunResult], settings: SweepConfig) -> str:
-    splits = len(settings.axes.get(settings.repeats, {})) or 1
-    zoos = len(settings.axes.get(settings.zoos, {})) or 1
-    planned = math.prod(len(labels) for labels in settings.axes.values())
-    images = len(next(iter(runs[0].right.values())))
-    lines = [
-        f"{len(runs)} runs over {splits} split{'s' * (splits != 1)} and {zoos} "
-        f"zoo{'s' * (zoos != 1)}; {images:,} report images in each run.",
-        "Intervals are 95% hierarchical bootstrap intervals of the mean difference over splits: "
-        "splits are resampled with all that varies in them, and so are report images, for all "
-        "runs that share them at once.",
-    ]
-    if len(runs) < planned:
-        lines[0] += (
-            f" {planned - len(runs)} of {planned} runs are missing: means and intervals are of "
-            "the others."
-        )
-    if zoos > 1:
-        lines[1] += (
-            " In the rows `all`, a split is resampled with its runs in all zoos, where all zoos "
-            "have the same splits."
-        )
-    if splits == 1:
-        lines.append("With one split the intervals say what other report images would change.")
-    if zoos == 2:
-        lines.append("Two zoos are taken as they are: the rows `all` do not speak of a third.")
-    if zoos >= FEWEST_ZOOS:
-        lines.append(
-            "In the rows `all` zoos are resampled too, whole: these speak of other zoos like them."
-        )
-    own = dict.fromkeys(
-        row["learner"] for run in runs for row in run.rows if row.get("out_of_fold_own") == "True"
-    )
-    if own:
-        lines.append(
-            f"“Out of fold” of {', '.join(own)} is on the folds by which the learner itself has "
-            "chosen, so slightly flattering."
-        )
-    return "\n\n".join(lines) + "\n"
 
 
 def _report_images(data: DataConfig) -> str:

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import soups.entries
 from inputs.data import load_report_data
 from soups.evaluate import predict
+from soups.examples import ReportExamples
 from soups.leaderboard import load_predictions
 from soups.pipeline import run
 from soups.zoo import load_weights
@@ -60,6 +62,26 @@ def test_rows_are_right_where_their_models_one_by_one_are(kitchen: Path, results
         alone.append(logits())
     agrees("ensemble_all", torch.stack(alone).mean(0))
     assert len(found) == len(files) + 2
+
+
+def test_the_examples_are_the_rows_predictions_on_report(kitchen: Path, results: Path):
+    report = load_report_data(make_config(kitchen).data, memory_budget=2**30)["report"]
+    right = load_predictions(results / "predictions.npz")
+    found = ReportExamples.load(results / "examples.npz")
+    assert found.classes == report.classes
+    assert np.array_equal(found.labels, report.labels.numpy())
+    assert [*found.rows] == [*right]
+    table = pd.read_csv(results / "leaderboard.csv").set_index("learner")
+    for row, outcomes in found.rows.items():
+        assert np.array_equal(found.right(row), right[row]["report"])
+        assert outcomes.nll.mean(dtype=float) == pytest.approx(table.loc[row, "report_loss"])
+        # Where a row is right, its loss is that of its confidence.
+        sure = outcomes.confidence[found.right(row)]
+        assert np.exp(-outcomes.nll[found.right(row)]) == pytest.approx(sure, rel=1e-5)
+    rows = np.stack([found.right(row) for row in found.rows])
+    assert np.array_equal(found.indices, np.flatnonzero(rows.any(0) & ~rows.all(0)))
+    pixels = report.pixels(torch.from_numpy(found.indices))
+    assert np.array_equal(found.thumbnails, pixels.numpy())
 
 
 def test_a_row_that_is_lost_is_evaluated_again_alone(

@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 import soups.learners.mehl
 import soups.learners.selection
 from inputs.data import ImageSet, load_report_data
-from soups import pipeline
+from soups import pipeline, report_door
 from soups.errors import SoupError
 from soups.learn import app
 from tests.soups.conftest import make_config, open_session
@@ -187,7 +187,7 @@ def test_report_is_read_when_all_learning_is_over(
     def refuse(*arguments, **settings):
         raise RuntimeError("report was read")
 
-    monkeypatch.setattr(pipeline, "load_report_data", refuse)
+    monkeypatch.setattr(report_door, "load_report_data", refuse)
     copy_zoo(kitchen, tmp_path)
     config = write_config(kitchen, tmp_path, learners=QUICK, references={"lrs": [1e-3]})
     result = learn(config)

@@ -10,13 +10,15 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from soups.leaderboard import Row, write_leaderboard
+from soups.caption import Setting
+from soups.leaderboard import Row
 from soups.reports.tables import Effects
+from soups.tables import write_leaderboard
 
 
 def written(folder: Path, rows: list[Row]) -> Path:
     """A results folder with a leaderboard of these rows."""
-    write_leaderboard(rows, folder, data="digits", select_examples=9, report_examples=9)
+    write_leaderboard(rows, folder, Setting("digits", select_examples=9, report_examples=9))
     return folder
 
 

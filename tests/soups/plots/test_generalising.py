@@ -17,7 +17,7 @@ from tests.soups.plots.page import written
 
 
 def row(learner: str, count: int | None, apart: float, error: float | None = 0.01) -> Row:
-    scores = Metrics(0.8, 0.5, 0.5, 0.5, 0.1, 0.1)
+    scores = Metrics(0.8, 0.5, 0.5, 0.5, 0.1, 0.1, 0.2, 0.2)
     found = CrossFitted(0.8 - apart, 5, standard_error=error)
     return Row(
         learner,

@@ -10,6 +10,7 @@ import pytest
 
 from soups.leaderboard import CrossFitted, Metrics, Row
 from soups.plots import costs, leaderboard
+from soups.significance import Difference
 from soups.statistics import Interval
 from tests.soups.plots.page import check_labels, check_page, written
 
@@ -21,16 +22,17 @@ def row(
     *,
     interval: bool = True,
 ) -> Row:
-    score = Metrics(accuracy, 0.5, 0.5, 0.5, 0.1, 0.1)
+    against = Difference("best_single", accuracy - 0.8, Interval(-0.1, 0.1), 0.5, 1.0)
+    score = Metrics(accuracy, 0.5, 0.5, 0.5, 0.1, 0.1, 0.2, 0.2)
     return Row(
         learner,
         kind,
         ("00",),
         4,
-        select=Metrics(accuracy + 0.01, 0.5, 0.5, 0.5, 0.1, 0.1),
+        select=Metrics(accuracy + 0.01, 0.5, 0.5, 0.5, 0.1, 0.1, 0.2, 0.2),
         report=score,
         interval=Interval(accuracy - 0.02, accuracy + 0.02) if interval else None,
-        baseline="best_single" if interval else "",
+        differences=(against,) if interval else (),
     )
 
 

@@ -4,28 +4,25 @@ import itertools
 
 import pytest
 
-from soups.plots.sweeps import draw_comparisons
-from soups.statistics import Interval
-from soups.sweeps.tables import Comparison
+from soups.plots.sweeps import Compared, draw_comparisons
 
 LEARNERS = ("uniform", "learned_layerwise", "mehl_layerwise", "pooled", "best_single+select")
 
 
-def comparisons(zoos: tuple[str, ...], axes: dict[str, list[str]]) -> list[Comparison]:
+def comparisons(zoos: tuple[str, ...], axes: dict[str, list[str]]) -> list[Compared]:
     found = []
     for zoo, learner in itertools.product(zoos, LEARNERS):
-        mean = 0.01 * LEARNERS.index(learner) - 0.02 * zoos.index(zoo)
+        mean = 1.0 * LEARNERS.index(learner) - 2.0 * zoos.index(zoo)
         for values in dict.fromkeys([(), *itertools.product(*axes.values())]):
             fixed = dict(zip(axes, values, strict=False)) if values else {}
-            interval = Interval(mean - 0.004, mean + 0.006)
-            found.append(Comparison("greedy", learner, zoo, fixed, 9, 3, 2, mean, interval))
+            found.append(Compared(learner, zoo, fixed, mean, mean - 0.4, mean + 0.6))
     return found
 
 
 def test_every_comparison_has_its_place():
     axes = {"images": ["250", "1000", "4000"], "ingredients": ["4", "8"]}
     found = comparisons(("bn", "ln", "all"), axes)
-    figure = draw_comparisons(found, [*axes], all_label="all")
+    figure = draw_comparisons(found, "greedy", [*axes])
     panels = figure.axes
     assert [panel.get_title(loc="left") for panel in panels] == [
         f"{zoo}: images {images}" for zoo in ("bn", "ln") for images in axes["images"]
@@ -35,7 +32,7 @@ def test_every_comparison_has_its_place():
         marks = [line for line in panel.lines if len(line.get_xdata()) == 1]
         assert len(marks) == len(LEARNERS) * 2
         drawn = sorted(float(line.get_xdata()[0]) for line in marks)
-        means = [100 * one.mean for one in found if one.zoo == zoo and not one.fixed]
+        means = [one.mean for one in found if one.zoo == zoo and not one.fixed]
         assert drawn == pytest.approx(sorted(means * 2))
         ends = [segment for c in panel.collections for segment in c.get_segments()]
         assert sorted(end[0][0] for end in ends) == pytest.approx([m - 0.4 for m in drawn])
@@ -53,7 +50,7 @@ def test_every_comparison_has_its_place():
 @pytest.mark.parametrize("axes", [{}, {"images": ["250", "1000"]}])
 def test_fewer_axes_and_one_zoo(axes: dict[str, list[str]]):
     found = comparisons(("all",), axes)
-    figure = draw_comparisons(found, [*axes], all_label="all")
+    figure = draw_comparisons(found, "greedy", [*axes])
     assert len(figure.axes) == max(1, len(axes.get("images", [])))
     for panel in figure.axes:
         assert len([line for line in panel.lines if len(line.get_xdata()) == 1]) == len(LEARNERS)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from soups import pipeline
+from soups import pipeline, report_door
 from soups.learners.registry import Uniform
 from soups.reports.material import Material
 from soups.reports.registry import Shapley
@@ -65,9 +65,9 @@ def test_reports_are_written_once_and_made_again_where_their_inputs_change(
     kitchen, tmp_path, monkeypatch, passes
 ):
     loaded = []
-    load, make = pipeline.load_report_data, pipeline.make_reports
+    load, make = report_door.load_report_data, pipeline.make_reports
     monkeypatch.setattr(
-        pipeline, "load_report_data", lambda *a, **k: loaded.append("report") or load(*a, **k)
+        report_door, "load_report_data", lambda *a, **k: loaded.append("report") or load(*a, **k)
     )
     monkeypatch.setattr(pipeline, "make_reports", lambda *a: loaded.append("reports") or make(*a))
     folder = run(kitchen, tmp_path)

@@ -1,6 +1,7 @@
 """Tables and the picture over several runs, from tables of known numbers."""
 
 import csv
+import dataclasses
 import io
 import itertools
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 from inputs.config import DataConfig
 from soups.config import SweepConfig
-from soups.statistics import PairedRun, hierarchical_interval
+from soups.hierarchy import PairedRun, hierarchical_interval
+from soups.sweeps.caption import caption
 from soups.sweeps.tables import (
     RunResult,
     _report_images,
@@ -140,6 +142,52 @@ def test_the_files(runs: list[RunResult], tmp_path: Path):
     assert picture.read_bytes() == first
 
 
+def test_learner_seeds_are_draws_within_a_split(runs: list[RunResult]):
+    """As splits are: they get no column, and where there is one split they take its place."""
+    renamed = [
+        RunResult({**run.labels, "split": "0", "seed": run.labels["split"]}, *rest)
+        for run in runs
+        for rest in [(run.rows, run.right, run.images)]
+    ]
+    axes = settings().model_dump()["axes"] | {"seed": {"keys": ["seed"], "values": [0, 1, 2]}}
+    del axes["split"]
+    both = axes | {"split": {"keys": ["data.select_seed"], "values": [0]}}
+    by_split = [*compare(runs, settings())]
+    for own in (axes, both):
+        found = [*compare(renamed, settings(axes=own))]
+        assert [one.fixed for one in found] == [one.fixed for one in by_split]
+        for one, other in zip(found, by_split, strict=True):
+            assert (one.mean, one.interval, one.splits) == (
+                other.mean,
+                other.interval,
+                other.splits,
+            )
+            assert (one.spread.splits, one.spread.seeds) == (None, other.spread.splits)
+            assert (one.spread.zoos is None) == (one.zoo != "all")
+            assert one.spread.images == other.spread.images
+
+
+def test_the_spread_of_each_difference_is_told(runs: list[RunResult], tmp_path: Path):
+    write_tables(tmp_path, runs, settings())
+    found = pd.read_csv(tmp_path / "comparisons.csv", dtype={"images": str, "ingredients": str})
+    all_runs = found[(found["images"] == "all") & (found["ingredients"] == "all")]
+    of_zoos = all_runs.set_index(["zoo", "learner"])["spread_zoos_points"]
+    # Pooled is 6 points ahead in one zoo and 1.5 in the other; splits and images add little.
+    assert of_zoos["all", "pooled"] == pytest.approx(100 * 0.045 / np.sqrt(2), abs=0.8)
+    assert np.isnan(of_zoos["bn", "pooled"])
+    assert found["spread_learner_seeds_points"].isna().all()
+    assert (found["spread_images_points"] > 0).all()
+    text = (tmp_path / "comparisons.md").read_text()
+    _, table = text.split("## Spread of the difference to greedy, standard deviations in points")
+    lines = [line for line in table.splitlines() if line.startswith("| all") and "pooled" in line]
+    ((zoos, splits, seeds, images),) = [line.split("|")[3:7] for line in lines]
+    assert float(zoos) == pytest.approx(of_zoos["all", "pooled"], abs=0.005)
+    assert float(splits) < float(zoos)
+    assert seeds.strip() == ""
+    assert float(images) > 0
+    assert "an axis `seed` would tell them apart" in text
+
+
 def test_the_tables_read_as_they_should(runs: list[RunResult]):
     found = [*compare(runs, settings())]
     text = comparison_tables(found, settings())
@@ -191,25 +239,29 @@ def test_a_baseline_with_nothing_to_compare_has_no_picture(runs: list[RunResult]
     assert len(pd.read_csv(tmp_path / "comparisons.csv")) == 0
 
 
-def test_the_caption_says_what_is_missing_and_what_flatters(runs: list[RunResult], tmp_path: Path):
-    def caption(of: list[RunResult], **changes) -> str:
-        write_tables(tmp_path, of, settings(**changes))
-        return (tmp_path / "comparisons.md").read_text()
+def test_the_caption_says_what_is_missing_and_what_flatters(runs: list[RunResult]):
+    def told(of: list[RunResult], **changes) -> str:
+        return caption(of, settings(**changes))
 
-    whole = caption(runs)
+    whole = told(runs)
     assert "missing" not in whole
     assert "flattering" not in whole
     assert "resampled with its runs in all zoos" in whole
-    found = caption(runs[3:])
+    found = told(runs[3:])
     assert "21 runs over 3 splits and 2 zoos" in found
     assert "3 of 24 runs are missing" in found
+    assert "was read" not in whole
+    read = [dataclasses.replace(run, readings=1) for run in runs]
+    assert "*report* was read 24 times by 24 runs, once by each." in told(read)
+    read[0] = dataclasses.replace(read[0], readings=3)
+    assert "*report* was read 26 times by 24 runs, at most 3 times by one." in told(read)
     cross_fitted = [row("pooled", runs[0].right["pooled"], out_of_fold_own=True)]
     own = RunResult(runs[0].labels, tuple(cross_fitted), runs[0].right, runs[0].images)
-    assert "“Out of fold” of pooled is on the folds by which" in caption([own, *runs[1:]])
+    assert "“Out of fold” of pooled is on the folds by which" in told([own, *runs[1:]])
     axes = settings().model_dump()["axes"] | {
         "zoo": {z: {"zoo.path": z} for z in ("bn", "ln", "x")}
     }
-    found = caption(runs, axes=axes)
+    found = told(runs, axes=axes)
     assert "zoos are resampled too, whole" in found
     assert "Two zoos" not in found
 

@@ -1,0 +1,108 @@
+"""docs/extending.md: its blocks of code, put into a copy of the source, make what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.soups.conftest import make_config
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "extending.md"
+PACKAGES = ("inputs", "kernels", "merge", "fleet", "soups")
+BLOCK = re.compile(r"^```python\n# ([\w/.]+)(?:, (above|below) `(.+)`)?\n(.*?)^```$", re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the source with everything that the page adds."""
+    copy = tmp_path_factory.mktemp("source")
+    for package in PACKAGES:
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, copy / package, ignore=ignore)
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = BLOCK.findall(text)
+    assert len(blocks) == text.count("```python")
+    for name, side, line, code in blocks:
+        put(copy / name, side, line, code)
+    return copy
+
+
+def put(file: Path, side: str, line: str, code: str) -> None:
+    """Write a new file, or the code beside the one line of a file that is there."""
+    if not side:
+        assert not file.exists(), f"{file.name} is there already"
+        file.write_text(code)
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    places = [k for k, own in enumerate(lines) if own.rstrip("\n") == line]
+    assert len(places) == 1, f"{file}: {line!r} stands there {len(places)} times"
+    lines.insert(places[0] + (side == "below"), code)
+    file.write_text("".join(lines))
+
+
+def run(source: Path, *words: object) -> str:
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    command = [sys.executable, "-m", *map(str, words)]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_learner(source, kitchen, tmp_path):
+    shutil.copy(kitchen / "net.py", tmp_path / "net.py")
+    config = make_config(kitchen).model_dump(mode="json", by_alias=True)
+    del config["zoo"]["finetune"]
+    config |= {"output": str(tmp_path / "results"), "pictures": False, "out_of_fold": 2}
+    config["learners"] = {"weighted": {"temperature": 0.02}, "best_single": {}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert "weighted" in run(source, "soups.learn", tmp_path / "config.yaml", "--quiet")
+    folder = tmp_path / "results" / "small"
+    soup = json.loads((folder / "coefficients" / "weighted.json").read_text())
+    accuracies = json.loads((folder / "run.json").read_text())["ingredients"]["select_accuracy"]
+    expected = np.exp(np.array([*accuracies.values()]) / 0.02)
+    matrix = np.array(soup["matrix"])[:, 0]
+    np.testing.assert_allclose(matrix, expected / expected.sum(), rtol=1e-9)
+
+
+def test_the_merge_method_on_the_format(source, kitchen, tmp_path):
+    names = ["00", "01", "02", "03"]
+    states = [load_file(kitchen / "zoo" / f"{name}.safetensors") for name in names]
+    for name, state in zip(names, states, strict=True):
+        arrays = {n: t.numpy() for n, t in state.items() if t.is_floating_point()}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    for count in (3, 4):
+        models = [{"model": str(tmp_path / f"{name}.npz")} for name in names[:count]]
+        config = tmp_path / f"{count}.yaml"
+        config.write_text(json.dumps({"merge_method": "median", "models": models}))
+        run(source, "merge", config, tmp_path / f"{count}.safetensors", "--quiet")
+        merged = load_file(tmp_path / f"{count}.safetensors")
+        assert merged.keys() == arrays.keys()
+        for name, tensor in merged.items():
+            stacked = torch.stack([state[name] for state in states[:count]]).double()
+            torch.testing.assert_close(tensor.double(), stacked.quantile(0.5, dim=0))
+    assert "median_k w_k" in run(source, "merge", "methods", "median")
+
+
+def test_a_folder_of_the_format_is_a_zoo(source, kitchen, tmp_path):
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    for name in ("00", "01", "base"):
+        state = load_file(kitchen / "zoo" / f"{name}.safetensors")
+        np.savez(zoo / f"{name}.npz", **{n: t.numpy() for n, t in state.items()})
+    found = json.loads(run(source, "soups", "doctor", zoo, "--json"))
+    assert [patient["name"] for patient in found["patients"]] == ["00", "01", "base"]
+    np.savez_compressed(zoo / "01.npz", **{n: t.numpy() for n, t in state.items()})
+    found = json.loads(run(source, "soups", "doctor", zoo, "--json"))
+    (wrong,) = [finding for finding in found["findings"] if finding["kind"] == "unreadable"]
+    assert "not savez_compressed" in wrong["text"]
