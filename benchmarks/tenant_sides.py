@@ -275,15 +275,25 @@ def whole(job: Job) -> tuple[Answer, Any]:
 
 
 def peft(job: Job) -> tuple[Answer, Any]:
-    """PEFT's mixed batches, with as many adapters as it builds in the time; heads are left out."""
+    """PEFT's mixed batches, with as many adapters as it builds in the time.
+
+    Its heads have one width: narrower ones are filled up with zeros.
+    """
     from peft import LoraConfig, get_peft_model
 
     began = time.perf_counter()
     config = {
-        rank: LoraConfig(r=rank, lora_alpha=rank * SCALE, target_modules=list(TARGETS))
+        rank: LoraConfig(
+            r=rank,
+            lora_alpha=rank * SCALE,
+            target_modules=list(TARGETS),
+            modules_to_save=["classifier"],
+        )
         for rank in RANKS
     }
-    model: Any = get_peft_model(bert_mini(), config[job.ranks[0]], adapter_name=tenant_name(0))
+    base: Any = bert_mini()
+    base.classifier = nn.Linear(WIDTH, max(job.classes))
+    model: Any = get_peft_model(base, config[job.ranks[0]], adapter_name=tenant_name(0))
     built = 1
     while built < job.tenants and time.perf_counter() - began < job.peft_seconds:
         rank = job.ranks[built]
@@ -291,12 +301,16 @@ def peft(job: Job) -> tuple[Answer, Any]:
         built += 1
     modules = adapted_modules(bert_mini())
     layers: dict[str, Any] = {name: model.base_model.model.get_submodule(name) for name in modules}
+    heads = model.base_model.model.classifier
     for number in range(built):
         mine = parts_of(job, number, modules)
         for name, layer in layers.items():
             down, up = nn.Parameter(mine[name]["down"]), nn.Parameter(mine[name]["up"])
             layer.lora_A[tenant_name(number)].weight = down.requires_grad_(False)
             layer.lora_B[tenant_name(number)].weight = up.requires_grad_(False)
+        head = heads.modules_to_save[tenant_name(number)]
+        for part, value in mine["classifier"].items():
+            getattr(head, part).data.zero_()[: len(value)] = value
     model.eval()
     requests = Requests(job, built)
 
@@ -305,7 +319,8 @@ def peft(job: Job) -> tuple[Answer, Any]:
         for batch in requests:
             names = [tenant_name(number) for number, _ in batch]
             tokens = torch.stack([tokens for _, tokens in batch])
-            yield [*model(tokens, adapter_names=names).logits]
+            logits = model(tokens, adapter_names=names).logits
+            yield [row[: job.classes[n]] for row, (n, _) in zip(logits, batch, strict=True)]
 
     return answer, {"adapters": built}
 

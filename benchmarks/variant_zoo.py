@@ -44,6 +44,8 @@ BUDGET = 2 << 30
 TASKS = 20
 LOST = 0.005
 LEVELS = ("general", "domain", "task")
+# What each level contributes is measured on so many of the variants.
+LEVELS_OF = 100
 Row = dict[str, float]
 
 
@@ -58,30 +60,29 @@ def store_case(folder: Path, variants: int) -> Row:
     learning = load_learning_data(DATA, memory_budget=BUDGET)
     report = load_report_data(DATA, memory_budget=BUDGET)["report"]
     make_zoo(folder / "zoo", variants, Images(learning.fit, learning.tune))
-    settings = {
-        "base": str(folder / "zoo" / "base.safetensors"),
-        "variants": folder / "zoo",
-        "model": MODEL,
-        "data": DATA,
-    }
+    paths = {file.stem: file for file in sorted((folder / "zoo").glob("[0-9]*.safetensors"))}
+    base = folder / "zoo" / "base.safetensors"
+    some = dict(list(paths.items())[:LEVELS_OF])
 
     def score(name: str, tensors: Mapping[str, Tensor]) -> float:
         return accuracy(name, tensors, learning.select)
 
     kept = {"accuracy": AccuracyConfig(lost=LOST)}
-    row: Row = {}
-    plain = files_bytes(folder / "zoo")
-    for name, how in {
-        "size": kept,
-        "exact_size": {"exact": True},
-        **{f"without_{level}_size": {**kept, "leave_out": [level]} for level in LEVELS},
-    }.items():
+    row: Row = {"levels_of": len(some)}
+    builds: list[tuple[str, dict[str, Path], dict[str, Any]]] = [
+        ("size", paths, kept),
+        ("exact_size", paths, {"exact": True}),
+        ("some_size", some, kept),
+        *((f"without_{level}_size", some, {**kept, "leave_out": [level]}) for level in LEVELS),
+    ]
+    for name, variants_of, how in builds:
         out = folder / name
         shutil.rmtree(out, ignore_errors=True)
-        build(BuildConfig.model_validate({**settings, **how}), out, score=score)
+        settings = {"base": str(base), "variants": variants_of, "model": MODEL, "data": DATA, **how}
+        build(BuildConfig.model_validate(settings), out, score=score)
         row[f"{name}_bytes"] = files_bytes(out)
-        row[f"{name}_over_plain"] = files_bytes(out) / plain
-    row["plain_bytes"] = plain
+        row[f"{name}_over_plain"] = files_bytes(out) / plain_bytes(base, variants_of)
+    row["plain_bytes"] = plain_bytes(base, paths)
     return row | lost_on_report(Store(folder / "size"), folder / "zoo", report)
 
 
@@ -168,6 +169,10 @@ def accuracy(name: str, tensors: Mapping[str, Tensor], images: ImageSet) -> floa
     model = new_model()
     model.load_state_dict(dict(tensors))
     return evaluate(model, of_task(images, int(name)))[0]
+
+
+def plain_bytes(base: Path, variants: Mapping[str, Path]) -> int:
+    return sum(file.stat().st_size for file in (base, *variants.values()))
 
 
 def files_bytes(folder: Path) -> int:
