@@ -59,6 +59,11 @@ PROGRAMS = (
         "the leaderboard, the pictures and the reports into `<output>/<name>/`.",
     ),
     Program(
+        "soups.leaderboard",
+        "Joins runs into one table for each task, and one page to open in a browser "
+        "([leaderboard.md](leaderboard.md)).",
+    ),
+    Program(
         "soups.__main__",
         "`doctor` looks at a folder of checkpoints before anything is made of it. It needs no "
         "config; with one, it also measures the loss half-way between checkpoints.",
