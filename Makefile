@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+# Two processes of one thread each: more would not fit two cores, nor the memory.
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: learn test check lint notebooks bench clean
 
@@ -8,10 +10,10 @@ learn: $(VENV)/.installed
 	$(BIN)/python -m soups.learn configs/digits.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

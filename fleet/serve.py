@@ -27,6 +27,7 @@ from inputs.command import (
     reported_errors,
     run_and_exit,
 )
+from inputs.extras import missing_extra
 from merge.errors import MISTAKES
 
 if TYPE_CHECKING:
@@ -184,9 +185,7 @@ def _size(option: str, text: str) -> int:
 def _check_extra() -> None:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        raise FleetError(
-            f"serving needs {', '.join(missing)}: pip install 'model-soups-toolkit[serve]'"
-        )
+        raise FleetError(missing_extra("serve", "serving", missing))
 
 
 def _is_local(address: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -30,6 +31,8 @@ __all__ = ["Request", "Statistics", "Tenants"]
 
 Request = tuple[str, Input]
 KEPT_KINDS = 256
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,9 @@ class Tenants:
     """The variants of `store`, answered by one `model` of the base's architecture (any weights).
 
     The model is kept: it gets the base's weights, in `dtype` (default: the store's) on `device`,
-    and runs once for the rows of all tenants of a batch. What tenants own is in memory as far as
+    and runs once for the rows of all tenants of a batch. Do not call it directly from then on, nor
+    change its weights, even after `close`: during a batch some of them are a tenant's, and its
+    linear layers compute with copies that would not follow. What tenants own is in memory as far as
     `memory_budget` bytes allow (None: all of it), fetched for the next `look_ahead` batches of a
     stream while one is computed. On a CUDA device, `host_budget` bytes of pinned host memory
     (default: `memory_budget`) keep what was read. `feature_cache_bytes` keep what the layers below
@@ -232,15 +237,22 @@ class Tenants:
             return True
 
     def prefetch(self, names: Iterable[str]) -> bool:
-        """Fetch these tenants' parts while something else is done; whether there is room for all.
+        """Fetch these tenants' parts while something else is done; whether all of them are coming.
 
         For those who know what will be asked for before they ask. Waits for no batch, and throws
-        out nothing that a batch, or an earlier call, is about to use. Raises FleetError for an
-        unknown tenant.
+        out nothing that a batch, or an earlier call, is about to use: False where there is no room
+        for all. A tenant that is unknown, or does not fit the model, is skipped; the log says so.
         """
         catalogue = self._catalogue
-        tenants = [catalogue.tenant(name) for name in names]
-        return self._residency.expect(unit for tenant in tenants for unit in tenant.units)
+        units: list[Unit] = []
+        skipped = False
+        for name in names:
+            try:
+                units += catalogue.tenant(name).units
+            except FleetError as error:
+                logger.warning("not fetched ahead: %s", error)
+                skipped = True
+        return self._residency.expect(units) and not skipped
 
     @property
     def statistics(self) -> Statistics:

@@ -33,7 +33,7 @@ DIVERGING, SEQUENTIAL = "RdBu_r", "cividis"
 TITLE, LABEL, SMALL = 10, 9, 8
 LONGEST_NAME = 30
 # The salt makes the names of the parts of an SVG file the same in every run.
-SVG = {"svg.hashsalt": "model soups", "svg.fonttype": "path"}
+SVG: dict[Any, str] = {"svg.hashsalt": "model soups", "svg.fonttype": "path"}
 WITHOUT_TIME = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 

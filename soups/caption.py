@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from soups.diversity import Diversity
-from soups.leaderboard import SHIFT, Row, baselines_of, extra_sets, ranked
 from soups.readings import Count
+from soups.rows import SHIFT, Row, baselines_of, extra_sets, ranked
 
 
 @dataclass(frozen=True)

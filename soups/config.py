@@ -302,7 +302,7 @@ class LearnConfig(Settings):
     """One run of `soups.learn`: every row under `learners` becomes a row of the leaderboard, and
     every row under `reports` a table and a picture of its own. Where there are no `learners`, they
     are the classics and `pooled`. Without `pictures` those of the
-    learners and of the leaderboard are not drawn.
+    learners and of the leaderboard are not drawn, and there is no `leaderboard.html`.
 
     Every learner is cross-fitted on `out_of_fold` folds of *select*, for its accuracy on images
     that it has not seen; 0 turns that off.

@@ -20,10 +20,10 @@ from merge.coefficients import Coefficients
 from soups.candidates import Candidates
 from soups.evaluate import Scores
 from soups.folds import STREAM, split_folds
-from soups.leaderboard import CrossFitted, Predictions, Row, load_predictions, save_predictions
 from soups.learners.registry import LEARNERS, LearnerSettings
 from soups.meter import Meter
 from soups.record import fingerprint
+from soups.rows import CrossFitted, Predictions, Row, load_predictions, save_predictions
 from soups.run import Run
 from soups.session import Session
 

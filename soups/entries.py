@@ -18,9 +18,9 @@ from inputs.data import ImageSet
 from merge.coefficients import Coefficients
 from soups.candidates import Files, Models
 from soups.examples import FILE, ReportExamples, RowOutcomes, disagreements, thumbnails
-from soups.leaderboard import REPORT, Metrics, Row, load_predictions, save_predictions, score
 from soups.learners.registry import BestSingle, Greedy, GreedyFull, Uniform, WiseFT
 from soups.record import fingerprint
+from soups.rows import REPORT, Metrics, Row, load_predictions, save_predictions, score
 from soups.run import Run
 from soups.session import Session
 from soups.statistics import accuracy, correctness, fit_temperature

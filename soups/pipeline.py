@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from inputs.data import LearningData, load_learning_data
 from inputs.models import build_model
 from merge.coefficients import Coefficients
 from soups.barrier import probe_midpoints
+from soups.boards.making import PAGE, write_page
 from soups.caption import Setting, readings_text
 from soups.checks import select_problems
 from soups.config import LearnConfig
@@ -25,7 +26,6 @@ from soups.errors import SoupError
 from soups.examples import FILE as EXAMPLES
 from soups.ingredients import find_ingredients, open_zoo
 from soups.kitchen import cook_soup
-from soups.leaderboard import REPORT, Row, save_predictions, with_intervals
 from soups.learners.registry import LEARNERS, LearnerSettings, WiseFT
 from soups.meter import Meter, memory_in_use
 from soups.norms import NormBuffers
@@ -45,10 +45,11 @@ from soups.references import references
 from soups.report_door import Report, open_report, shut
 from soups.reports.making import judge_reports, make_reports
 from soups.reports.points import report_problems
+from soups.rows import REPORT, Row, save_predictions, with_intervals
 from soups.run import Run
 from soups.session import Session
 from soups.statistics import accuracy, correctness
-from soups.tables import terminal_table, write_leaderboard
+from soups.tables import MARKS, terminal_table, write_leaderboard
 from soups.zoo import make_zoo
 
 # Rows are compared with the first learner of each of these types.
@@ -90,11 +91,15 @@ def run(
         this.record.save()
         if config.pictures:
             write_pictures(folder)
+            write_page(folder)
     say(terminal_table(rows))
-    say(f"\n{readings_text(count_readings(report.readings))}")
-    found = ["leaderboard.md", "leaderboard.csv", "run.json", "coefficients/", "soups/"]
+    say(f"\n{MARKS}\n{readings_text(count_readings(report.readings))}")
+    found = ["leaderboard.md", "leaderboard.csv", "examples.npz", "run.json"]
+    found += ["coefficients/", "soups/"]
     found += ["pictures/"] * config.pictures + ["reports/"] * bool(config.reports)
     say(f"\n{folder}: {', '.join(found)}")
+    if config.pictures:
+        say(f"Open {folder / PAGE} in a browser.")
     return rows
 
 
@@ -343,8 +348,7 @@ def _leaderboard(
     evaluated = evaluate_entries(this, entries, sets, report.scored)
     rows = [row for row, _ in evaluated]
     predictions = {row.learner: right for row, right in evaluated}
-    firsts = {settings.type: row for row, settings in reversed(config.learners.items())}
-    baselines = [firsts[kind] for kind in BASELINES if kind in firsts]
+    baselines = baseline_rows(config.learners)
     rows = with_intervals(rows, predictions, baselines=baselines, seed=config.seed)
     rows = with_out_of_fold(this, rows, predictions)
     save_predictions(folder / "predictions.npz", predictions)
@@ -360,3 +364,9 @@ def _leaderboard(
     )
     write_leaderboard(rows, folder, setting)
     return rows
+
+
+def baseline_rows(learners: dict[str, LearnerSettings]) -> list[str]:
+    """The rows that all others are compared with."""
+    first = {settings.type: row for row, settings in reversed(learners.items())}
+    return [first[kind] for kind in BASELINES if kind in first]

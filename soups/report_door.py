@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from inputs.data import ImageSet, load_report_data, report_refused
 from soups.config import LearnConfig
 from soups.errors import SoupError
-from soups.leaderboard import REPORT
 from soups.readings import Reading, keep_readings, readings_of
 from soups.record import RunRecord
+from soups.rows import REPORT
 
 
 def shut(who: Callable[[], str]) -> AbstractContextManager[None]:

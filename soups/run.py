@@ -14,9 +14,9 @@ from inputs.models import describe_model
 from soups.config import LearnConfig
 from soups.diversity import Diversity, diversity
 from soups.folds import fold_count
-from soups.leaderboard import load_predictions, save_predictions
 from soups.meter import Meter
 from soups.record import RunRecord, Steps, fingerprint
+from soups.rows import load_predictions, save_predictions
 from soups.session import IngredientScores, Session
 
 

@@ -15,7 +15,7 @@ from tabulate import SEPARATING_LINE, tabulate
 from inputs.budget import format_bytes
 from inputs.files import write_whole
 from soups.caption import Setting, caption
-from soups.leaderboard import (
+from soups.rows import (
     REPORT,
     CrossFitted,
     Metrics,
@@ -26,6 +26,9 @@ from soups.leaderboard import (
 )
 from soups.significance import Difference
 from soups.statistics import Interval
+
+# What stands in the terminal's table.
+MARKS = "≈ tied with the best soup; * significant at 5% after Holm's correction for the column"
 
 
 def write_leaderboard(rows: Sequence[Row], folder: str | Path, setting: Setting) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from fleet.recipes import Recipe
+from inputs.figures import picture_files
 from inputs.files import remove_stale_parts, write_whole
 from inputs.zoo_files import RECORD_FILE, SNAPSHOT_FILE, holds_checkpoint
 from soups.config import FinetuneConfig, ZooConfig

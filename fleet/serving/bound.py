@@ -186,6 +186,9 @@ def _hook(name: str, adapters: Sequence[Adapter | None], layout: Layout) -> Call
         one = len(layout.counts) == 1
         if not one and not layout.sites.is_rows("adapter", (name,), len(y), layout.rows):
             raise NoRuleError(f"adapter after {name!r}: its first axis is not the rows'", [name])
+        widths = {len(adapter.up) for adapter in adapters if adapter is not None}
+        if not one and widths != {y.shape[-1]}:
+            raise NoRuleError(f"adapter after {name!r}: is for another width", [name])
         entries = 1 if one else len(y) // layout.rows
         edges = [(0, len(y))] if one else layout.edges
         parts = [

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fleet.errors import FleetError
 from fleet.serving.slots import Tensors
-from fleet.storage.objects import Packs, Place
+from fleet.storage.objects import Packs
+from fleet.storage.pack_file import Place
 from merge.checkpoints.tensors import tensor_bytes
 
 ALIGNMENT = 64
@@ -33,6 +34,19 @@ class PartsUnit:
 
     def load(self, slot: Tensor) -> tuple[Tensors, int]:
         """Read them; FleetError for a pack that is missing, truncated or altered."""
+        try:
+            return self._load(slot)
+        except FileNotFoundError:
+            # gc moved them after their places were looked up: they have others now.
+            pass
+        try:
+            return self._load(slot)
+        except FileNotFoundError as error:
+            raise FleetError(
+                f"{error.filename}: went away twice while it was read; ask again"
+            ) from error
+
+    def _load(self, slot: Tensor) -> tuple[Tensors, int]:
         places = self._checked_places()
         memory = tensor_bytes(slot)
         tensors: Tensors = {}
@@ -45,11 +59,16 @@ class PartsUnit:
             tensors[digest] = slot[start:stop].view(place.dtype).view(place.shape)
             start += aligned(place.nbytes)
         for path, pieces in wanted.items():
-            _read(path, pieces)
+            try:
+                _read(path, pieces)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise FleetError(f"{path}: cannot be read ({error.strerror or error})") from error
         return tensors, sum(place.nbytes for place in places.values())
 
     def _checked_places(self) -> dict[str, Place]:
-        """Where they are; of each pack that is known one place is asked for, which looks at it."""
+        """Where they are; of each pack that is known the file is looked at."""
         if self._places is None:
             self._places = {digest: self.packs.place(digest) for digest in self.hashes}
             return self._places

@@ -16,7 +16,7 @@ from torch import Tensor
 from fleet.errors import FleetError
 from fleet.storage.base import stored_base
 from fleet.storage.decoding import BOTTLENECK, BOTTLENECK_PARTS
-from fleet.storage.objects import tensor_hash
+from fleet.storage.hashes import tensor_hash
 from fleet.storage.records import BASE, Encoded, Variant
 from inputs.files import write_whole
 from merge.adapters.adapter import WRAPPER
@@ -87,6 +87,11 @@ def is_bottlenecks(path: str | Path) -> bool:
     return (Path(path) / BOTTLENECKS_CONFIG).is_file()
 
 
+def bottleneck_files(folder: Path) -> list[Path]:
+    """The files of a folder of bottleneck adapters."""
+    return [folder / BOTTLENECKS_CONFIG, folder / BOTTLENECKS_WEIGHTS]
+
+
 def read_bottlenecks(name: str, path: str | Path) -> tuple[Variant, dict[str, Shaped[Tensor, ...]]]:
     """The variant in a folder of bottleneck adapters, over the base, and its tensors by hash.
 
@@ -131,7 +136,8 @@ def read_bottlenecks(name: str, path: str | Path) -> tuple[Variant, dict[str, Sh
             for module, settings in given.items()
         }
         plain = {key: record("plain", {"value": stored}, {}) for stored, key in whole.items()}
-    return Variant(name, BASE, plain, classes, {}, adapters), tensors
+    about = {"source": Path(path).name, "error": 0.0}
+    return Variant(name, BASE, plain, classes, about, adapters), tensors
 
 
 def _write_bottlenecks(store: Store, variant: Variant, folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fleet.errors import FleetError
-from fleet.storage.adapter_folder import is_bottlenecks, read_bottlenecks
+from fleet.storage.adapter_folder import bottleneck_files, is_bottlenecks, read_bottlenecks
 from fleet.storage.base import stored_base
 from fleet.storage.config import BuildConfig, DomainConfig, HowToStore
 from fleet.storage.creating import check_new
@@ -102,14 +102,16 @@ def build(
 ) -> Built:
     """Make the store that `config` describes in the folder `out`, a variant at a time.
 
-    A build that was killed goes on where it was. `score` replaces the accuracy on the config's
-    data; `root` is where the model's relative paths start. Raises FleetError, MergeError and
-    InputError for what does not fit together, before anything is written, and for a folder with
-    another store in it.
+    Bottleneck adapters are kept as they are, over the base. A build that was killed goes on where
+    it was. `score` replaces the accuracy on the config's data; `root` is where the model's relative
+    paths start. Raises FleetError, MergeError and InputError for what does not fit together, before
+    anything is written, and for a folder with another store in it.
     """
     paths = config.paths()
-    with Zoo(lambda: open_checkpoint(config.base), paths) as zoo:
-        fingerprint = _fingerprint(config, zoo)
+    bottlenecks = {name: path for name, path in paths.items() if is_bottlenecks(path)}
+    whole = {name: path for name, path in paths.items() if name not in bottlenecks}
+    with Zoo(lambda: open_checkpoint(config.base), whole) as zoo:
+        fingerprint = _fingerprint(config, zoo, bottlenecks)
         out = Path(out)
         architecture = _architecture(config, zoo.base, root)
         images = _images(config)
@@ -122,11 +124,13 @@ def build(
             domains = _begun(store, fingerprint, out)
         else:
             check_new(out)
-            domains = _domains(config, zoo, progress)
+            for name, path in bottlenecks.items():
+                read_bottlenecks(name, path)
+            domains = _domains(config, zoo, bottlenecks, progress)
             about = _about(config, zoo.base, architecture, images, fingerprint, domains)
             Writer.check_budget(zoo, config)
             store = Store.create(out, zoo.base, about=about)
-        _fill(store, zoo, config, domains, architecture, score, progress)
+        _fill(store, zoo, bottlenecks, config, domains, architecture, score, progress)
     return build_table(store)
 
 
@@ -203,7 +207,9 @@ def level_bytes(store: Store) -> dict[str, int]:
 # --- before ---
 
 
-def _domains(config: BuildConfig, zoo: Zoo, progress: bool) -> list[Domain]:
+def _domains(
+    config: BuildConfig, zoo: Zoo, bottlenecks: Mapping[str, Path], progress: bool
+) -> list[Domain]:
     """Adapters are in none: they are over the base."""
     if "domain" in config.leave_out or config.domains == "none":
         return []
@@ -212,9 +218,9 @@ def _domains(config: BuildConfig, zoo: Zoo, progress: bool) -> list[Domain]:
             domain: given.variants if isinstance(given, DomainConfig) else given
             for domain, given in config.domains.items()
         }
-        found = given_domains(members, zoo.names)
+        found = given_domains(members, [*zoo.names, *bottlenecks])
         for domain in found:
-            adapters = [name for name in domain.variants if is_adapter(zoo.paths[name])]
+            adapters = [n for n in domain.variants if n in bottlenecks or is_adapter(zoo.paths[n])]
             if adapters:
                 raise FleetError(
                     f"domains.{domain.name}: {adapters[0]!r} is an adapter, which is over the base "
@@ -305,15 +311,18 @@ def _begun(store: Store, fingerprint: str, out: Path) -> list[Domain]:
     ]
 
 
-def _fingerprint(config: BuildConfig, zoo: Zoo) -> str:
+def _fingerprint(config: BuildConfig, zoo: Zoo, bottlenecks: Mapping[str, Path]) -> str:
     """Of the settings that decide the store, and of the files by size and time."""
     settings = config.model_dump(mode="json", exclude={"memory_budget"})
-    files = {}
+    files: dict[str, Sequence[Path]] = {}
+    files |= {name: bottleneck_files(path) for name, path in bottlenecks.items()}
     for name in (BASE, *zoo.names):
-        checkpoint = zoo.base if name == BASE else zoo.open(name)
-        stats = [file.stat() for file in checkpoint.files]
-        files[name] = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
-    text = json.dumps([settings, files], sort_keys=True, default=str)
+        files[name] = (zoo.base if name == BASE else zoo.open(name)).files
+    seen = {
+        name: [[stat.st_size, stat.st_mtime_ns] for stat in (file.stat() for file in own)]
+        for name, own in files.items()
+    }
+    text = json.dumps([settings, seen], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -323,6 +332,7 @@ def _fingerprint(config: BuildConfig, zoo: Zoo) -> str:
 def _fill(
     store: Store,
     zoo: Zoo,
+    bottlenecks: Mapping[str, Path],
     config: BuildConfig,
     domains: Sequence[Domain],
     architecture: Architecture | None,
@@ -333,10 +343,11 @@ def _fill(
     with store.transaction():
         writer = Writer(store, zoo, config)
         homes = {name: home_of(domains, name) for name in zoo.names}
-        missing = [name for name in zoo.names if name not in store.variants]
+        names = [*zoo.names, *bottlenecks]
+        missing = [name for name in names if name not in store.variants]
         bar = tqdm(
-            total=len(zoo.names),
-            initial=len(zoo.names) - len(missing),
+            total=len(names),
+            initial=len(names) - len(missing),
             desc="storing",
             unit="variant",
             disable=not progress,
@@ -345,7 +356,7 @@ def _fill(
         def made() -> Iterator[tuple[Variant, dict[str, Tensor]]]:
             for domain in [None, *domains]:
                 home = BASE if domain is None else domain.name
-                own = [name for name in missing if homes[name] == home]
+                own = [name for name in missing if homes.get(name) == home]
                 merged: dict[str, Tensor] = {}
                 if domain is not None and (own or home not in store.nodes):
                     direct = [name for name in domain.variants if homes[name] == home]
@@ -353,6 +364,10 @@ def _fill(
                 for name in own:
                     classes = _classes(architecture, zoo, name)
                     yield _made(writer, name, home, merged, classes, score)
+                    bar.update()
+            for name in missing:
+                if name in bottlenecks:
+                    yield read_bottlenecks(name, bottlenecks[name])
                     bar.update()
 
         with bar:

@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from fleet.storage.encodings import ENCODINGS, SHARED_PARTS
-from fleet.storage.objects import check_named, plain, tensor_hash
+from fleet.storage.hashes import check_named, plain, tensor_hash
 from fleet.storage.records import Encoded
 from fleet.storage.references import Piece, reference_to
 from merge.checkpoints.tensors import dtype_name, tensor_bytes

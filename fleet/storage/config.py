@@ -63,10 +63,10 @@ class HowToStore(Settings):
 class BuildConfig(HowToStore):
     """A base and its variants, to be put into one store.
 
-    `variants` is a folder of checkpoints and LoRA folders (one that is called `base` is none), a
-    list of paths, or names with paths. `domains`: `auto` finds a tree of them, a number cuts it
-    into so many, names with variants give them, `none` has none. `model` and `data` are kept with
-    the base for those who serve it; `accuracy` is measured on them.
+    `variants` is a folder of checkpoints and folders of adapters, LoRA or bottlenecks (one that is
+    called `base` is none), a list of paths, or names with paths. `domains`: `auto` finds a tree of
+    them, a number cuts it into so many, names with variants give them, `none` has none. `model` and
+    `data` are kept with the base for those who serve it; `accuracy` is measured on them.
     """
 
     base: str

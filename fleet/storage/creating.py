@@ -13,8 +13,9 @@ from torch import Tensor
 from fleet.errors import FleetError
 from fleet.storage.disk import check_within
 from fleet.storage.encodings import ENCODINGS
+from fleet.storage.hashes import check_storable, tensor_hash
 from fleet.storage.manifest import MANIFEST_NAME
-from fleet.storage.objects import OBJECTS_NAME, Packs, check_storable, tensor_hash
+from fleet.storage.objects import OBJECTS_NAME, Packs
 from fleet.storage.records import BASE, Encoded, Node
 from inputs.errors import InputError
 from inputs.files import locked_by

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fleet.errors import FleetError
 from fleet.storage.encodings import ENCODINGS, SHARED_PARTS, encoding_named
-from fleet.storage.objects import Packs, check_storable
+from fleet.storage.hashes import check_storable
+from fleet.storage.objects import Packs
 from fleet.storage.records import Encoded, Variant
 from merge.checkpoints.tensors import TensorInfo
 
@@ -167,3 +168,16 @@ def check_filled(where: str, parts: Mapping[str, Shaped[Tensor, ...]]) -> None:
     if empty or bad:
         found = f"{empty[0]!r} is empty, of rank 0" if empty else f"{bad[0]!r} has NaN or infinity"
         raise FleetError(f"{where}: its part {found}; leave it out, or give one with values")
+
+
+def check_bottleneck(where: str, parts: Mapping[str, Shaped[Tensor, ...]]) -> None:
+    """FleetError unless y + up(act(down(y))) gives back the width that it takes (1902.00751)."""
+    check_filled(where, parts)
+    shapes = {part: list(parts[part].shape) for part in sorted(BOTTLENECK_PARTS)}
+    rank, width = (*shapes["down"], 0, 0)[:2]
+    wanted = {"down": [rank, width], "down_bias": [rank], "up": [width, rank], "up_bias": [width]}
+    if shapes != wanted:
+        raise FleetError(
+            f"{where}: its parts are {shapes}, wanted down [rank, width], down_bias [rank], "
+            "up [width, rank] and up_bias [width]"
+        )

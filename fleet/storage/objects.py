@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -10,29 +9,35 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from fleet.errors import FleetError
 from fleet.storage.disk import check_within, sync_folder
+from fleet.storage.hashes import check_named, plain, tensor_hash
+from fleet.storage.pack_file import (
+    Place,
+    file_hash,
+    opened,
+    places_in,
+    read_tensor,
+    whole_places,
+)
 from fleet.storage.references import is_hash, piece_of, tensor_of
-from merge.checkpoints.files import InputFile
-from merge.checkpoints.safetensors_file import DTYPE_NAMES, read_safetensors
-from merge.checkpoints.tensors import TensorInfo, dtype_name, tensor_bytes
+from merge.checkpoints.safetensors_file import DTYPE_NAMES
+from merge.checkpoints.tensors import TensorInfo, dtype_name
 from merge.checkpoints.writer import CheckpointWriter
 from merge.errors import MergeError
 
 OBJECTS_NAME = "objects"
 SUFFIX = ".safetensors"
 NAMES_SHOWN = 8
+LOST_SHOWN = 3
 # Packs whose headers are kept: some kilobytes each.
 HEADERS_KEPT = 4096
-CHUNK_BYTES = 4 << 20
 
 _LEFTOVER = re.compile(r"new-\d+-[0-9a-f]{8}\.safetensors|\..+\.part")
 
@@ -44,56 +49,21 @@ Result = TypeVar("Result")
 _DTYPES = {dtype_name(dtype): dtype for dtype in DTYPE_NAMES}
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor lies: `nbytes` bytes from `offset` of the file `path`, row-major."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def tensor_hash(tensor: Shaped[Tensor, ...]) -> str:
-    """SHA-256 of dtype, shape and the values' bytes, in hex."""
-    digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
-    if tensor.numel():
-        digest.update(tensor_bytes(plain(tensor)))
-    return digest.hexdigest()
-
-
-def check_storable(tensor: Shaped[Tensor, ...], where: str) -> None:
-    """FleetError unless a pack can hold it: dense, of a dtype that safetensors has."""
-    if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
-        raise FleetError(
-            f"{where}: is {dtype_name(tensor.dtype)}, {tensor.layout}; a store holds dense tensors "
-            f"of {', '.join(dtype_name(dtype) for dtype in DTYPE_NAMES)}: cast it"
-        )
-
-
-def check_named(digest: str, tensor: Shaped[Tensor, ...]) -> None:
-    """FleetError unless a pack can hold the tensor, and it is what its hash says."""
-    check_storable(tensor, f"tensor {digest}")
-    found = tensor_hash(tensor)
-    if found != digest:
-        raise FleetError(f"a tensor given as {digest} is {found}; name each by its hash")
-
-
 class Packs:
     """The packs in the folder of a store; reads may come from several threads at once.
 
     `contents` says what each pack holds, as the manifest does; `needed_by` names the variants that
-    cannot be read without a pack, for errors; `catch_up` takes up what the manifest says since, if
-    anything: what was moved meanwhile is then read where it is. A pack is checked against its hash
-    when this process reads it first, and again when its size, time or inode changed.
+    cannot be read without some tensors, for errors; `catch_up` takes up what the manifest says
+    since, if anything: what was moved meanwhile is then read where it is. A pack is checked against
+    its hash when this process reads it first, and again when its size, time or inode changed; of
+    one that was damaged, those tensors are read that are what their own hashes say.
     What is asked for is a tensor by its hash, or a piece of one (`fleet.storage.references`).
     """
 
     def __init__(
         self,
         folder: Path,
-        needed_by: Callable[[str], Sequence[str]] = lambda pack: [],
+        needed_by: Callable[[Sequence[str]], Sequence[str]] = lambda digests: [],
         catch_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._root = folder
@@ -104,6 +74,8 @@ class Packs:
         # Hash of each tensor → the pack that it is read from, and its bytes.
         self._homes: dict[str, tuple[str, int]] = {}
         self._checked: dict[str, Identity] = {}
+        # Of damaged packs what is whole.
+        self._damaged: dict[str, tuple[Identity, dict[str, Place]]] = {}
         self._headers: OrderedDict[str, dict[str, Place]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -123,9 +95,7 @@ class Packs:
             for digest in self.contents.pop(pack, {}):
                 if self._homes.get(digest, ("", 0))[0] == pack:
                     del self._homes[digest]
-            with self._lock:
-                self._headers.pop(pack, None)
-                self._checked.pop(pack, None)
+            self._forget_file(pack)
 
     def pack_of(self, reference: str) -> str:
         """The pack that holds a tensor; FleetError if none does."""
@@ -155,7 +125,8 @@ class Packs:
         """Write one pack with those tensors (by hash) that no pack holds, and say what it holds.
 
         It is on the disk under its name when this returns, and nobody's until the manifest says
-        so. One writer at a time. A tensor whose pack is damaged is written again.
+        so. One writer at a time. A tensor whose pack is damaged is written again, and with it what
+        else of that pack is whole, so that nothing needs the file any more.
         Raises FleetError for a tensor that is not what its hash says; a full disk is an OSError,
         and leaves nothing.
         """
@@ -163,7 +134,12 @@ class Packs:
         for digest, tensor in fresh.items():
             check_named(digest, tensor)
         infos = [TensorInfo(d, tuple(t.shape), t.dtype) for d, t in fresh.items()]
-        return self._written(infos, lambda digest: plain(fresh[digest]))
+        damaged = {self._homes[d][0] for d in fresh if d in self._homes} & self._damaged.keys()
+        for pack in damaged:
+            _, places = self._damaged[pack]
+            rest = [d for d in self.held_by(pack) if d in places and d not in fresh]
+            infos += [TensorInfo(d, places[d].shape, places[d].dtype) for d in rest]
+        return self._written(infos, lambda d: plain(fresh[d]) if d in fresh else self.read(d))
 
     def copy(self, digests: Iterable[str]) -> Contents:
         """Write one pack with tensors that others hold, one in memory at a time; else as `put`."""
@@ -193,23 +169,23 @@ class Packs:
     def read_many(self, references: Iterable[str]) -> dict[str, Shaped[Tensor, ...]]:
         """The tensors that are referred to, each read once, in the order of the packs' files.
 
-        Raises FleetError for a pack that is missing, truncated or altered; it names the file and
-        the variants that need it.
+        Raises FleetError for a pack that is missing, and for tensors of one that was truncated or
+        altered; it names the file, these tensors and the variants that need them.
         """
         wanted = list(dict.fromkeys(references))
         return self._caught_up(lambda: self._read_many(wanted))
 
     def verify(self, pack: str) -> list[str]:
         """What is wrong with a pack, all of it read again: nothing, if it is whole."""
-        with self._lock:
-            self._headers.pop(pack, None)
-            self._checked.pop(pack, None)
+        self._forget_file(pack)
         problems = []
         try:
             places = self._header(pack)
-            with self._reported(pack), _opened(self.path(pack)) as file:
+            if pack in self._damaged:
+                return [self._damage(pack, places)]
+            with self._reported(pack), opened(self.path(pack)) as file:
                 for digest in self.held_by(pack):
-                    found = tensor_hash(_read(file, places[digest]))
+                    found = tensor_hash(read_tensor(file, places[digest]))
                     if found != digest:
                         problems.append(self._message(pack, f"its tensor {digest} is {found}"))
         except FleetError as error:
@@ -255,7 +231,11 @@ class Packs:
                     raise
 
     def _place(self, reference: str) -> Place:
-        whole = self._header(self.pack_of(reference))[tensor_of(reference)]
+        pack = self.pack_of(reference)
+        places = self._header(pack)
+        whole = places.get(tensor_of(reference))
+        if whole is None:
+            raise FleetError(self._damage(pack, places))
         self.check_held(reference)
         piece = piece_of(reference)
         if piece is None:
@@ -270,9 +250,9 @@ class Packs:
             packs.setdefault(self.pack_of(reference), []).append((place.offset, reference, place))
         found: dict[str, Tensor] = {}
         for pack, places in packs.items():
-            with self._reported(pack), _opened(self.path(pack)) as file:
+            with self._reported(pack), opened(self.path(pack)) as file:
                 for _, reference, place in sorted(places, key=lambda one: one[:2]):
-                    found[reference] = _read(file, place)
+                    found[reference] = read_tensor(file, place)
         return found
 
     def _written(
@@ -287,7 +267,8 @@ class Packs:
             with CheckpointWriter(new, infos) as writer:
                 for info in infos:
                     writer.write(info.name, value(info.name))
-            pack = _file_hash(new)
+            with opened(new) as file:
+                pack = file_hash(file)
             path = self.path(pack)
             check_within(self._root, path)
             changed = [path.parent]
@@ -315,10 +296,10 @@ class Packs:
             self._header(home[0])
         except FleetError:
             return False
-        return True
+        return home[0] not in self._damaged
 
     def _header(self, pack: str) -> dict[str, Place]:
-        """The places of a pack's tensors, from its file as it is now."""
+        """The places of a pack's tensors, from its file as it is now; of the whole ones only."""
         path, contents = self.path(pack), self.contents.get(pack, {})
         found = check_within(self._root, path)
         if found is None:
@@ -329,37 +310,48 @@ class Packs:
             if checked and pack in self._headers:
                 self._headers.move_to_end(pack)
                 return self._headers[pack]
-        with self._reported(pack), _opened(path) as file:
-            if not checked and (digest := _hash_of(file)) != pack:
-                raise FleetError(
-                    self._message(pack, f"was truncated or altered: its SHA-256 is {digest}")
-                )
-            places = {
-                name: Place(
-                    path,
-                    stored.offset,
-                    stored.span * stored.dtype.itemsize,
-                    stored.dtype,
-                    stored.shape,
-                )
-                for name, stored in read_safetensors(file).items()
-            }
-        for digest, nbytes in contents.items():
-            place = places.get(digest)
-            if place is None or place.nbytes != nbytes:
-                what = "does not hold" if place is None else f"has {place.nbytes} bytes of"
-                raise FleetError(
-                    self._message(pack, f"{what} the tensor {digest} ({nbytes} bytes expected)")
-                )
+            damaged_as, places = self._damaged.get(pack, (None, {}))
+            if damaged_as == identity:
+                return places
+        with self._reported(pack), opened(path) as file:
+            whole = checked or file_hash(file) == pack
+            places = places_in(file, contents) if whole else whole_places(file, contents)
         with self._lock:
+            if not whole:
+                self._damaged[pack] = identity, places
+                return places
+            self._damaged.pop(pack, None)
             self._checked[pack] = identity
             self._headers[pack] = places
             while len(self._headers) > HEADERS_KEPT:
                 self._headers.popitem(last=False)
         return places
 
-    def _message(self, pack: str, what: str) -> str:
-        names = self._needed_by(pack)
+    def _forget_file(self, pack: str) -> None:
+        """Have a pack's file read anew."""
+        with self._lock:
+            self._headers.pop(pack, None)
+            self._checked.pop(pack, None)
+            self._damaged.pop(pack, None)
+
+    def _damage(self, pack: str, places: Mapping[str, Place]) -> str:
+        """What was lost of a pack of which those at `places` are whole."""
+        held = self.held_by(pack)
+        lost = [digest for digest in held if digest not in places]
+        what = "was truncated or altered"
+        if lost:
+            shown = ", ".join(lost[:LOST_SHOWN]) + (", …" if len(lost) > LOST_SHOWN else "")
+            what += f", and with it {len(lost)} of the {len(held)} tensors read from it ({shown})"
+        needing = [] if self._needed_by(lost) else self._needed_by(held)
+        if needing:
+            return (
+                f"{self.path(pack)}: {what}; nothing that is needed is lost: put the file back "
+                f"from a copy, or add {needing[0]!r} again, which moves what is whole"
+            )
+        return self._message(pack, what, lost)
+
+    def _message(self, pack: str, what: str, lost: Sequence[str] | None = None) -> str:
+        names = self._needed_by(self.held_by(pack) if lost is None else lost)
         shown = ", ".join(map(repr, names[:NAMES_SHOWN]))
         more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         remedy = "no variant needs it: run gc"
@@ -385,44 +377,6 @@ class Packs:
 
 def _identity(found: os.stat_result) -> Identity:
     return (found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[InputFile]:
-    file = InputFile(path)
-    try:
-        yield file
-    finally:
-        file.close()
-
-
-def _read(file: InputFile, place: Place) -> Tensor:
-    tensor = torch.empty(place.shape, dtype=place.dtype)
-    if place.nbytes:
-        file.read_into(tensor_bytes(tensor), place.offset)
-    return tensor
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The values in CPU memory, row by row."""
-    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    # A single value passes as contiguous with any stride, which torch does not view as bytes.
-    return values.clone(memory_format=torch.contiguous_format) if values.numel() == 1 else values
-
-
-def _file_hash(path: Path) -> str:
-    with _opened(path) as file:
-        return _hash_of(file)
-
-
-def _hash_of(file: InputFile) -> str:
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, file.size)))
-    for offset in range(0, file.size, CHUNK_BYTES):
-        chunk = buffer[: file.size - offset]
-        file.read_into(chunk, offset)
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _note(found: dict[Path, int], entry: os.DirEntry[str]) -> None:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from fleet.errors import FleetError
 from fleet.storage.adapter_folder import EMBEDDING, LAYER, TRANSPOSED
+from fleet.storage.adding import GROUP_BYTES
 from fleet.storage.choosing import Choice, choose
 from fleet.storage.config import HowToStore
 from fleet.storage.decoding import Decoder
 from fleet.storage.domains import Domain
 from fleet.storage.encodings import ENCODINGS, MergedVector, delta_of, same_bits
-from fleet.storage.objects import tensor_hash
+from fleet.storage.hashes import tensor_hash
 from fleet.storage.records import BASE, Encoded
 from fleet.storage.zoo import Zoo
-from fleet.variants import GROUP_BYTES, Store
+from fleet.variants import Store
 from inputs.budget import format_bytes
 from merge.adapters import Adapter, is_adapter, open_adapter
 from merge.adapters.matching import is_transposed, match_names, transposed_leaves

@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 from inputs.errors import InputError
+from inputs.extras import missing_extra
 from inputs.text.tokens import PADDING
+
+try:
+    from transformers import BertConfig, BertModel
+except ModuleNotFoundError as error:
+    raise InputError(missing_extra("text", __name__, [str(error.name)])) from error
 
 __all__ = ["LowRankLinear", "TextClassifier", "add_adapters", "bert_mini"]
 

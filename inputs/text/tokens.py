@@ -6,17 +6,22 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 
 from inputs.data import ImageSet, LearningData
 from inputs.errors import InputError
+from inputs.extras import missing_extra
 from inputs.text.corpus import Sentence
+
+try:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from tokenizers.processors import TemplateProcessing
+    from tokenizers.trainers import WordPieceTrainer
+except ModuleNotFoundError as error:
+    raise InputError(missing_extra("text", __name__, [str(error.name)])) from error
 
 __all__ = ["PADDING", "TokenSet", "learning_data", "token_set", "train_tokenizer"]
 

@@ -42,12 +42,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_safetensors(
-    file: InputFile, *, header_limit: int = HEADER_BYTES_LIMIT
+    file: InputFile, *, header_limit: int = HEADER_BYTES_LIMIT, check_size: bool = True
 ) -> dict[str, Stored]:
     """Every tensor of a safetensors file, from its header alone.
 
     Raises MergeError unless lengths, names, dtypes, shapes and offsets agree with each other and
-    with the size of the file: offsets cover the data exactly, without overlap or hole.
+    with the size of the file: offsets cover the data exactly, without overlap or hole. Without
+    `check_size` the data may end before or after what the header describes.
     """
     if file.size < 8:
         raise MergeError(f"{file}: has {file.size} bytes, a safetensors file has at least 10")
@@ -88,7 +89,7 @@ def read_safetensors(
                 "the file is corrupt"
             )
         position = end
-    if data_start + position != file.size:
+    if check_size and data_start + position != file.size:
         found = "truncated" if data_start + position > file.size else "too long"
         raise MergeError(
             f"{file}: is {found}: the header describes {data_start + position} bytes, the file has "

@@ -68,8 +68,8 @@ def leave_one_out(folder: str | Path, report: str | None = None) -> Figure:
     stem, remark = find_report(Path(folder), "leave_one_out", report, example)
     table = read_table(report_file(stem, ".csv"), texts=("ingredient",))
     of = read_record(Path(folder))["config"]["reports"][stem.name]["of"]
-    changes = (effects_of(table, f"{metric}_change") for metric in ("accuracy", "loss"))
-    return draw_leave_one_out(of, table["ingredient"].tolist(), *changes, remark)
+    accuracy, loss = (effects_of(table, f"{metric}_change") for metric in ("accuracy", "loss"))
+    return draw_leave_one_out(of, table["ingredient"].tolist(), accuracy, loss, remark)
 
 
 def draw_shapley(names: Sequence[str], accuracy: Effects, loss: Effects, remark: str) -> Figure:

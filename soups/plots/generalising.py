@@ -94,7 +94,7 @@ def overfitting(folder: str | Path) -> Figure:
 
 
 def _points(rows: pd.DataFrame) -> list[_Point]:
-    known = rows[rows["out_of_fold_accuracy"].notna() & rows["free_coefficients"].notna()]
+    known = rows.dropna(subset=["out_of_fold_accuracy", "free_coefficients"])
     found = [
         _Point(
             row["learner"],

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 from jaxtyping import Float64
@@ -92,12 +92,14 @@ def lines(folder: str | Path, report: str | None = None) -> Figure:
     stem, remark = find_report(Path(folder), "line", report, example)
     table = read_table(report_file(stem, ".csv"), texts=("from", "to"))
     curves = []
-    for (first, last), own in table.groupby(["from", "to"], sort=False):
-        length = float((own["distance"] / own["position"].where(own["position"] != 0)).max())
+    for ends, own in table.groupby(["from", "to"], sort=False):
+        first, last = cast(tuple[str, str], ends)
+        distances, positions = own["distance"].to_numpy(), own["position"].to_numpy()
+        length = float((distances[positions != 0] / positions[positions != 0]).max())
         curves.append(
             Curve(
                 line_label(first, last, length),
-                own["position"].to_numpy(),
+                positions,
                 effects_of(own, "accuracy"),
                 effects_of(own, "loss"),
             )

@@ -57,9 +57,9 @@ def leaderboard(folder: str | Path) -> Figure:
         axes.plot(report[own], y, "o", color=colour, ms=6, zorder=4, label=label)
         look = {"mfc": "white", "mec": colour, "ms": 5, "mew": 1.1, "zorder": 3}
         axes.plot(select[own], y, "D", label=f"{kind}: select", **look)
-    for row in rows.index[rows["learner"] == _first_baseline(rows)][:1]:
-        label = f"{rows['learner'][row]}: report"
-        axes.axvline(report[row], color=GREY, lw=0.8, ls="--", zorder=0, label=label)
+    for row in np.flatnonzero(rows["learner"].to_numpy() == _first_baseline(rows))[:1]:
+        label = f"{rows['learner'].iloc[row]}: report"
+        axes.axvline(float(report[row]), color=GREY, lw=0.8, ls="--", zorder=0, label=label)
     axes.set_yticks(positions, [elided(name) for name in rows["learner"]])
     axes.set_ylim(positions[-1] + 0.6, -0.6)
     axes.margins(x=0.04)
@@ -79,7 +79,7 @@ def _first_baseline(rows: pd.DataFrame) -> str | None:
 def _positions(rows: pd.DataFrame) -> np.ndarray:
     """Where each row stands: references a little below the soups."""
     positions = np.arange(len(rows), dtype=float)
-    soups = int((rows["kind"] == "soup").sum())
+    soups = np.count_nonzero(rows["kind"].to_numpy() == "soup")
     positions[soups:] += GAP if 0 < soups < len(rows) else 0.0
     return positions
 

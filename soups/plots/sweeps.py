@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from inputs.config import nearest
 from inputs.figures import (
@@ -23,6 +23,7 @@ from soups.errors import SoupError
 from soups.plots.reading import LEARN, needed, read_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -61,16 +62,18 @@ def comparisons(folder: str | Path, baseline: str | None = None) -> Figure:
     runs = read_table(
         needed(folder / "runs.csv", "the runs of a sweep", remedy), texts=("learner", "kind")
     )
-    soups = set(runs.loc[runs["kind"] == "soup", "learner"])
+    soups = [*dict.fromkeys(runs["learner"][runs["kind"] == "soup"])]
     known = [*dict.fromkeys(table["baseline"])]
-    baseline = baseline or next(iter(known), None)
+    baseline = baseline or str(next(iter(known), ""))
     if baseline not in known:
         raise SoupError(
             f"{path}: has no baseline {baseline!r}{nearest(baseline, known)}; name it in "
             f"sweep.compare, and run {LEARN} again"
         )
     zoo, axes = texts[2], texts[3:]
-    own = table[(table["baseline"] == baseline) & table["learner"].isin(soups)]
+    own = cast(
+        "pd.DataFrame", table[(table["baseline"] == baseline) & table["learner"].isin(soups)]
+    )
     found = [
         Compared(
             learner=row["learner"],
@@ -88,12 +91,14 @@ def comparisons(folder: str | Path, baseline: str | None = None) -> Figure:
 def draw_comparisons(found: Sequence[Compared], baseline: str, axes: Sequence[str]) -> Figure:
     """Draw differences to one baseline with their intervals.
 
-    A row of panels for each zoo, a column for each label of the first of `axes`; in a panel the
-    learners, each with a mark for each label of the second axis. Further axes are averaged over.
+    A row of panels for each zoo and one for all, a column for each label of the first of `axes`; in
+    a panel the learners, each with a mark for each label of the second axis. Further axes are
+    averaged over.
     """
     columns_of = axes[0] if axes else None
     marks_of = axes[1] if len(axes) == 2 else None
-    zoos = [*dict.fromkeys(one.zoo for one in found if one.zoo != ALL)] or [ALL]
+    # What is of all zoos comes last.
+    zoos = sorted(dict.fromkeys(one.zoo for one in found), key=lambda zoo: zoo == ALL)
     learners = [*dict.fromkeys(one.learner for one in found)]
     wanted = {axis for axis in (columns_of, marks_of) if axis}
     shown = [one for one in found if set(one.fixed) == wanted]
@@ -105,13 +110,13 @@ def draw_comparisons(found: Sequence[Compared], baseline: str, axes: Sequence[st
     for one in shown:
         column = columns.index(one.fixed[columns_of] if columns_of else "")
         mark = marks.index(one.fixed[marks_of] if marks_of else "")
-        if one.zoo in zoos:
-            panel = grid[zoos.index(one.zoo), column]
-            _draw(panel, one, learners.index(one.learner), mark, len(marks))
+        panel = grid[zoos.index(one.zoo), column]
+        _draw(panel, one, learners.index(one.learner), mark, len(marks))
     for row, zoo in enumerate(zoos):
         for column, label in enumerate(columns):
-            title = f"{columns_of} {label}" if columns_of else ""
-            _dress(grid[row, column], f"{zoo}: {title}" if zoo != ALL else title)
+            of_zoo = [] if len(zoos) == 1 else ["all zoos" if zoo == ALL else f"zoo {zoo}"]
+            of_column = [f"{columns_of} {label}"] if columns_of else []
+            _dress(grid[row, column], ", ".join(of_zoo + of_column))
         name_rows(grid[row, 0], learners)
     grid[0, 0].set_ylim(len(learners) - 0.4, -0.6)
     figure.supxlabel(

@@ -26,7 +26,7 @@ def write_pictures(folder: str | Path) -> list[Path]:
         "costs": costs(folder),
         "reliability": reliability(folder),
     }
-    if rows["out_of_fold_accuracy"].notna().any():
+    if rows["out_of_fold_accuracy"].notna().to_numpy().any():
         figures["overfitting"] = overfitting(folder)
     for row in read_record(folder)["config"]["learners"]:
         figures[f"coefficients_{row}"] = coefficients(folder, row)

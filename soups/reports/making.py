@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from merge.coefficients import Coefficients
-from soups.leaderboard import REPORT
 from soups.meter import Meter
 from soups.record import fingerprint
 from soups.report_door import Report
 from soups.reports.material import Material
 from soups.reports.points import named_points
 from soups.reports.registry import REPORTS, Plane
+from soups.rows import REPORT
 from soups.run import Run
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def make_reports(this: Run, soups: Mapping[str, Coefficients]) -> None:
             _remove(this, JUDGED, row)
             make = REPORTS[settings.type].function()
             _make(this, MADE, row, inputs, lambda path: make(material, settings, path))  # noqa: B023
-        result = this.steps.result(f"{MADE}/{row}") | {"remark": material.remark}
+        result: dict[str, Any] = {**this.steps.result(f"{MADE}/{row}"), "remark": material.remark}
         this.record.add(reports={row: result}, warnings=result["record"].get("warnings", []))
 
 
@@ -61,7 +63,7 @@ def judge_reports(this: Run, soups: Mapping[str, Coefficients], report: Report) 
         inputs = fingerprint(this.inputs | {"found": found, "images": images.digest()})
         if not this.steps.is_done(f"{JUDGED}/{row}", inputs):
             report.scored([f"reports.{row}"])
-            _make(this, JUDGED, row, inputs, lambda path: judge(material, found, images, path))  # noqa: B023
+            _make(this, JUDGED, row, inputs, partial(judge, material, found, images))
         judged = this.steps.result(f"{JUDGED}/{row}")
         made = this.record.entries["reports"][row]
         judged = {"remark": material.judged_remark(images), "judged": judged}

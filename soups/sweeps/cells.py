@@ -146,8 +146,8 @@ def _seconds_before(folder: Path, made_from: str) -> float:
 def _load_images(config: LearnConfig) -> tuple[int, dict[str, str]] | str:
     """How many images *select* has, and every split's digest; or what is wrong with them."""
     from inputs.data import load_learning_data
-    from soups.leaderboard import REPORT
     from soups.report_door import report_digest
+    from soups.rows import REPORT
 
     try:
         data = load_learning_data(config.data, memory_budget=config.memory_budget)

@@ -213,6 +213,7 @@ def _write_tables(
     threads: int,
     say: Callable[[str], None],
 ) -> None:
+    from soups.boards.making import write_page
     from soups.sweeps.tables import read_run, write_tables
 
     runs = [read_run(cell.folder, cell.labels, cell.config) for cell in done]
@@ -229,6 +230,7 @@ def _write_tables(
         say(write_tables(sweep.folder, runs, sweep.settings))
         minutes = sum(seconds) / 60
         say(f"\n{sweep.folder}: {len(runs)} runs, {minutes:,.1f} minutes of one worker in all")
+        say(f"Open {write_page(sweep.folder)} in a browser.")
 
 
 def _made_from(config: LearnConfig, inputs: str) -> str:

@@ -21,10 +21,10 @@ from inputs.figures import picture_files, save_figure
 from inputs.files import write_whole
 from soups.config import LearnConfig, SweepConfig
 from soups.hierarchy import PairedRun, draws, hierarchical_interval
-from soups.leaderboard import REPORT, load_predictions
 from soups.plots.sweeps import ALL, comparisons
 from soups.readings import count_readings, earlier_readings
 from soups.record import fingerprint
+from soups.rows import REPORT, load_predictions
 from soups.statistics import Interval
 from soups.sweeps.caption import caption
 from soups.variance import Spread, spread
@@ -93,7 +93,7 @@ def read_run(folder: Path, labels: Mapping[str, str], config: LearnConfig) -> Ru
     predictions = load_predictions(folder / "predictions.npz")
     right = {learner: sets[REPORT] for learner, sets in predictions.items()}
     readings = count_readings(earlier_readings(folder / "run.json"))
-    return RunResult(labels, rows, right, _report_images(config.data), readings.times)
+    return RunResult(labels, rows, right, report_images(config.data), readings.times)
 
 
 def write_tables(folder: Path, runs: Sequence[RunResult], settings: SweepConfig) -> str:
@@ -296,7 +296,7 @@ def _csv(header: Sequence[str], lines: Sequence[Sequence]) -> str:
     return text.getvalue()
 
 
-def _report_images(data: DataConfig) -> str:
+def report_images(data: DataConfig) -> str:
     """What decides which images *report* has, and in which order."""
     takers = ["report"]
     if data.report.source in (data.fit.source, data.tune.source, data.select.source):

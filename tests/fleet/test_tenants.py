@@ -398,8 +398,9 @@ def test_threads_ask_while_others_add_replace_and_remove(tmp_path, vit):
         for name in [*kept, "new5"]:
             expected = zoo.alone(model, other, name, image, tmp_path, torch.float64)
             zoo.assert_as_alone(tenants.predict([(name, image)])[0], expected)
+        assert not tenants.prefetch(["new4"])
         with pytest.raises(FleetError, match="no tenant is called 'new4'"):
-            tenants.prefetch(["new4"])
+            tenants.predict([("new4", image)])
 
 
 def test_what_was_fetched_before_it_is_asked_for_is_there(vit):
@@ -413,8 +414,18 @@ def test_what_was_fetched_before_it_is_asked_for_is_there(vit):
         tenants.predict(requests)
         assert tenants.statistics.misses == 0
         assert tenants.statistics.hits == before.prefetched
-        with pytest.raises(FleetError, match="no tenant is called 'nobody'"):
-            tenants.prefetch(["nobody"])
+
+
+def test_one_unknown_name_does_not_keep_the_others_from_being_fetched(vit, caplog):
+    store, _ = vit
+    image = images(1, 3, torch.float64)[0]
+    names = ["birds_head", "nobody", "cars_int4"]
+    with Tenants(store, zoo.image_model("vit", torch.float64), memory_budget=None) as tenants:
+        assert not tenants.prefetch(names)
+        assert "not fetched ahead: no tenant is called 'nobody'" in caplog.text
+        tenants.predict([(name, image) for name in names if name != "nobody"])
+        assert tenants.statistics.misses == 0
+        assert tenants.statistics.hits == tenants.statistics.prefetched > 0
 
 
 def test_what_gc_removed_is_answered_as_it_is_now(tmp_path, vit):

@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from fleet.errors import FleetError
+from fleet.storage import collecting
 from fleet.storage.encodings import ENCODINGS
 from fleet.variants import Encoded, Node, Store, SupersededError, Variant, tensor_hash
 from merge.checkpoints import open_checkpoint
 from merge.errors import MergeError
 from tests.fleet.storage.stores import (
     changed,
+    damage_tensor,
     encoded,
     exact_variant,
     filled,
@@ -203,7 +205,7 @@ def test_variants_are_added_together_in_one_pack_and_line(tmp_path, base):
 @pytest.mark.parametrize(("limit", "groups"), [("GROUP_VARIANTS", [2, 2, 1]), ("bytes", [1] * 5)])
 def test_many_variants_are_written_by_the_group(tmp_path, base, monkeypatch, limit, groups):
     if limit == "GROUP_VARIANTS":
-        monkeypatch.setattr("fleet.variants.GROUP_VARIANTS", 2)
+        monkeypatch.setattr("fleet.storage.adding.GROUP_VARIANTS", 2)
     store = Store.create(tmp_path / "s", base)
     store.add_many(
         (exact_variant(f"v{seed}", changed(base, seed), base) for seed in range(5)),
@@ -277,8 +279,7 @@ def test_several_packs_become_one(tmp_path, base, monkeypatch):
 
 def test_gc_leaves_a_damaged_pack_as_it_is(tmp_path, base, caplog):
     store, _ = filled_at_once(tmp_path / "s", base, ["one", "two", "three"])
-    path = pack_of(store, "one")
-    path.write_bytes(path.read_bytes()[:-1])
+    path, _ = damage_tensor(store, "one")
     store.remove("two")
     store.remove("three")
     with caplog.at_level("WARNING"):
@@ -286,6 +287,65 @@ def test_gc_leaves_a_damaged_pack_as_it_is(tmp_path, base, caplog):
     assert "gc leaves it as it is" in caplog.text
     assert path.exists()
     assert len(store.verify()) == 1
+
+
+def test_gc_writes_anew_what_is_whole_of_a_damaged_pack(tmp_path, base):
+    store, values = filled_at_once(tmp_path / "s", base, ["one", "two", "three"])
+    path, _ = damage_tensor(store, "two")
+    store.remove("two")
+    store.remove("three")
+    assert store.gc() > 0
+    assert not path.exists()
+    for opened in (store, Store(store.folder)):
+        same(opened.tensors("one"), values["one"])
+        assert opened.verify() == []
+
+
+def test_gc_merges_many_small_packs(tmp_path, base, monkeypatch):
+    """Each variant here is some 200 bytes, the base 500."""
+    names = [f"v{number}" for number in range(collecting.SMALL_PACKS)]
+    store, values = filled(tmp_path / "s", base, names[:-2])
+    files = pack_files(store.folder)
+    assert len(files) == collecting.SMALL_PACKS - 1
+    assert store.gc() == 0
+    assert pack_files(store.folder) == files, "few are left as they are"
+    for seed, name in enumerate(names[-2:], start=100):
+        values[name] = changed(base, seed)
+        store.add(*exact_variant(name, values[name], base))
+    store.remove("v3")
+    reader, table = Store(store.folder), dict(store.variants)
+    reader.tensors("v0")
+    monkeypatch.setattr(collecting, "MERGED_BYTES", 1000)
+    store.gc()
+    after = pack_files(store.folder)
+    assert 4 <= len(after) <= 6
+    sizes = [sum(tensors.values()) for tensors in store.packs.contents.values()]
+    assert max(sizes) <= 1000
+    assert dict(reader.variants) == table
+    for opened in (store, reader, Store(store.folder)):
+        for name in opened.variants:
+            same(opened.tensors(name), values[name])
+        assert opened.verify() == []
+    assert store.gc() == 0
+    assert pack_files(store.folder) == after
+
+
+def test_gc_merges_no_large_and_no_damaged_packs(tmp_path, base, monkeypatch, caplog):
+    monkeypatch.setattr(collecting, "SMALL_PACKS", 3)
+    store, values = filled(tmp_path / "s", base, ("one", "two", "three", "four"))
+    bad, _ = damage_tensor(store, "two")
+    packs = {pack_of(store, name) for name in ("one", "three", "four")}
+    base_pack = ({*pack_files(store.folder)} - packs - {bad}).pop()
+    monkeypatch.setattr(collecting, "SMALL_BYTES", 400)
+    with caplog.at_level("WARNING"):
+        store.gc()
+    assert "gc leaves it as it is" in caplog.text
+    left = pack_files(store.folder)
+    assert len(left) == 3
+    assert {bad, base_pack} < {*left}
+    assert packs.isdisjoint(left)
+    for name in ("one", "three", "four"):
+        same(Store(store.folder).tensors(name), values[name])
 
 
 def test_a_reader_finds_what_gc_moved_and_sees_its_snapshot(tmp_path, base):
@@ -488,6 +548,14 @@ def test_bottleneck_adapters_are_kept_and_not_exported(tmp_path, base):
     same(store.tensors("v"), base)
     with pytest.raises(FleetError, match="bottleneck adapters after 'layer'"):
         store.export("v", tmp_path / "v.safetensors")
+    bad = torch.randn(1)
+    hashes["up_bias"] = tensor_hash(bad)
+    narrow = Encoded("bottleneck", hashes, {"activation": "gelu"})
+    tensors[hashes["up_bias"]] = bad
+    with pytest.raises(
+        FleetError, match=r"'layer': its parts are .*'up_bias': \[1\].* wanted down"
+    ):
+        store.add(Variant("w", "base", {}, adapters={"layer": narrow}), tensors)
     wrong = Encoded("bottleneck", {"down": hashes["down"]})
     with pytest.raises(FleetError, match=r"adapters\.layer"):
         store.add(Variant("w", "base", {}, adapters={"layer": wrong}), {})

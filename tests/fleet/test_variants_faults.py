@@ -13,6 +13,7 @@ from fleet.storage.manifest import Manifest
 from fleet.variants import Node, Store, Variant
 from tests.fleet.storage.stores import (
     changed,
+    damage_tensor,
     exact_variant,
     filled,
     filled_at_once,
@@ -26,6 +27,7 @@ from tests.fleet.storage.stores import (
 )
 from tests.fleet.storage.writers import (
     add_and_collect,
+    add_small,
     add_sparse,
     add_versions,
     done_until,
@@ -68,6 +70,64 @@ def test_a_damaged_pack_takes_only_the_variants_that_need_it(tmp_path, base, how
     assert not (tmp_path / "two.safetensors").exists()
     store.add(*exact_variant("two", values["two"], base))
     assert Store(store.folder).verify() == []
+
+
+@pytest.mark.parametrize("how", ["altered", "truncated"])
+def test_damage_in_a_pack_of_many_takes_only_those_whose_tensors_it_hit(tmp_path, base, how):
+    names = [f"v{number}" for number in range(6)]
+    store, values = filled_at_once(tmp_path / "s", base, names)
+    reader = Store(store.folder)
+    reader.tensors("v1")
+    own = {d.partition("/")[0]: n for n in names for d in store.variants[n].hashes()}
+    if how == "altered":
+        path, digest = damage_tensor(store, "v3")
+        lost = ["v3"]
+    else:
+        path = pack_of(store, "v3")
+        ends = sorted((store.packs.place(digest).offset, digest) for digest in own)
+        path.write_bytes(path.read_bytes()[: ends[3][0]])
+        lost = sorted(own[digest] for _, digest in ends[3:])
+        digest = ends[3][1]
+    shown = ", ".join(map(repr, lost))
+    said = rf"{path.name}: was truncated or altered, and with it {len(lost)} of the 6 tensors"
+    for opened in (store, reader, Store(store.folder)):
+        for name in names:
+            if name not in lost:
+                same(opened.tensors(name), values[name])
+                continue
+            for read in (
+                opened.tensors,
+                opened.parts,
+                lambda name, opened=opened: opened.export(name, tmp_path / "x.safetensors"),
+            ):
+                with pytest.raises(FleetError, match=f"{said}.*cannot be read: {shown};") as found:
+                    read(name)
+            assert digest in str(found.value)
+        (problem,) = opened.verify()
+        assert shown in problem
+    for name in lost:
+        store.add(*exact_variant(name, values[name], base))
+    reader.refresh()
+    for opened in (store, reader, Store(store.folder)):
+        for name in names:
+            same(opened.tensors(name), values[name])
+    store.gc()
+    assert store.verify() == Store(store.folder).verify() == []
+
+
+def test_damage_that_nothing_needs_is_told_and_gone_with_what_is_added_again(tmp_path, base):
+    store, values = filled_at_once(tmp_path / "s", base, ["one", "two", "three"])
+    damage_tensor(store, "two")
+    store.remove("two")
+    (problem,) = store.verify()
+    assert "nothing that is needed is lost" in problem
+    assert "add 'one' again" in problem
+    assert store.gc() == 0
+    store.add(*exact_variant("one", values["one"], base))
+    store.gc()
+    assert store.verify() == []
+    for name in ("one", "three"):
+        same(Store(store.folder).tensors(name), values[name])
 
 
 def test_a_damaged_base_or_node_takes_all_below_it(tmp_path, base):
@@ -350,10 +410,15 @@ def test_a_file_that_may_not_grow_leaves_the_old_state(tmp_path, base, what):
     same(store.tensors("new"), changed(base, 5))
 
 
-def test_gc_on_a_full_disk_leaves_the_old_state(tmp_path, base, monkeypatch):
-    store, values = filled_at_once(tmp_path / "s", base, ["one", "two", "three"])
-    store.remove("two")
-    store.remove("three")
+@pytest.mark.parametrize("what", ["sparse", "small"])
+def test_gc_on_a_full_disk_leaves_the_old_state(tmp_path, base, monkeypatch, what):
+    if what == "sparse":
+        store, values = filled_at_once(tmp_path / "s", base, ["one", "two", "three"])
+        store.remove("two")
+        store.remove("three")
+    else:
+        store, values = filled(tmp_path / "s", base, ["one", "two", "three"])
+        monkeypatch.setattr("fleet.storage.collecting.SMALL_PACKS", 4)
     files = pack_files(store.folder)
 
     def full(*arguments):
@@ -415,7 +480,8 @@ def check_after_kill(folder, seeds):
     store = Store(folder)
     seed = store.variants["v"].about["seed"]
     assert seed in seeds
-    same(store.tensors("v"), version_of("v", seed)[2])
+    for name, variant in store.variants.items():
+        same(store.tensors(name), version_of(name, variant.about["seed"])[2])
     assert store.verify() == []
     store.gc()
     assert {store.packs.path(pack) for pack in store.packs.contents} == set(pack_files(folder))
@@ -426,7 +492,7 @@ def check_after_kill(folder, seeds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("what", ["add", "gc", "rewrite"])
+@pytest.mark.parametrize("what", ["add", "gc", "rewrite", "merge"])
 def test_killed_at_every_step_it_is_old_or_new(tmp_path, what, before):
     for at in range(1, 100):
         folder = tmp_path / str(at)
@@ -436,6 +502,9 @@ def test_killed_at_every_step_it_is_old_or_new(tmp_path, what, before):
             store.add(variant, tensors)
         elif what == "rewrite":
             add_sparse(folder)
+            assert len(pack_files(folder)) == 3
+        elif what == "merge":
+            add_small(folder)
         killed = done_until(what, folder, at, before)
         check_after_kill(folder, {1, 2} if what == "add" and killed else {2})
         if not killed:
@@ -449,6 +518,15 @@ def test_killed_at_a_step_it_is_old_or_new(tmp_path, at):
     store_with_v(tmp_path / "s")
     assert done_until("add", tmp_path / "s", at, True)
     check_after_kill(tmp_path / "s", {1, 2})
+
+
+@pytest.mark.parametrize("at", [5, 12, 20])
+def test_killed_while_packs_are_merged_nothing_is_lost(tmp_path, at):
+    store_with_v(tmp_path / "s")
+    add_small(tmp_path / "s")
+    assert len(pack_files(tmp_path / "s")) == 4
+    assert done_until("merge", tmp_path / "s", at, True)
+    check_after_kill(tmp_path / "s", {2})
 
 
 def kill_at_moments(folder, count):

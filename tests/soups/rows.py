@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from soups.leaderboard import Metrics, Row
+from soups.rows import Metrics, Row
 
 SEVERITIES = (1, 3, 5)
 

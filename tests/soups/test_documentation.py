@@ -48,7 +48,14 @@ def test_every_command_has_its_help():
     text = DOCUMENTS["commands"]()
     for program in PROGRAMS:
         assert f"## {program.name}\n" in text
-    for words in ("--fresh", "--json", "--dry-run", "soups doctor", "merge inspect", "fleet.store gc"):
+    for words in (
+        "--fresh",
+        "--json",
+        "--dry-run",
+        "soups doctor",
+        "merge inspect",
+        "fleet.store gc",
+    ):
         assert words in text
     assert not re.search(r" +$", text, re.M)
 

@@ -12,8 +12,8 @@ import soups.entries
 from inputs.data import load_report_data
 from soups.evaluate import predict
 from soups.examples import ReportExamples
-from soups.leaderboard import load_predictions
 from soups.pipeline import run
+from soups.rows import load_predictions
 from soups.zoo import load_weights
 from tests.soups.conftest import load_checkpoint, make_config, open_session
 

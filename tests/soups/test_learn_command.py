@@ -117,6 +117,9 @@ def whole(kitchen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.exit_code == 0, result.output
     assert "predicted peak" in result.stdout
     assert "ensemble_greedy" in result.stdout
+    page = folder / "results" / "small" / "leaderboard.html"
+    assert result.stdout.splitlines()[-1] == f"Open {page} in a browser."
+    assert "plus" in page.read_text()
     return folder / "results" / "small"
 
 
@@ -134,6 +137,21 @@ def test_the_leaderboard_has_all_rows(whole: Path):
         assert picture.startswith(b"\x89PNG")
     for picture in ("leaderboard.png", "overfitting.png", "costs.png"):
         assert (whole / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_are_compared_with_the_first_best_single_and_the_first_greedy(whole: Path):
+    table = pd.read_csv(whole / "leaderboard.csv").set_index("learner")
+    for name in ("best_single", "greedy"):
+        differences = table["report_accuracy"] - table.loc[name, "report_accuracy"]
+        assert np.isnan(table.loc[name, f"vs_{name}"])
+        found = table[f"vs_{name}"].drop(name)
+        assert found.to_numpy() == pytest.approx(differences.drop(name).to_numpy(), abs=1e-12)
+        assert (table[f"vs_{name}_p_holm"] >= table[f"vs_{name}_p"]).drop(name).all()
+    best = table[table["kind"] == "soup"]["report_accuracy"].idxmax()
+    assert table.loc[best, "tied_with_best"] in (True, "True")
+    learners = {"mine": {"type": "greedy"}, "other": {"type": "greedy"}, "uniform": {}}
+    config = make_config(Path(), learners=learners)
+    assert pipeline.baseline_rows(config.learners) == ["mine"]
 
 
 def test_the_predictions_say_for_each_image_who_was_right(whole: Path):
@@ -266,7 +284,7 @@ def test_a_finished_step_is_not_run_again(again: Path, calls: list[str]):
     assert calls == []
     assert stamps(results) == written
     after = digest(results)
-    assert {n for n in after if after[n] != before.get(n)} <= {"run.json"}
+    assert {n for n in after if after[n] != before.get(n)} <= {"run.json", "leaderboard.html"}
     record = json.loads((results / "run.json").read_text())
     assert {"learners", "ingredients", "cooked", "plan"} <= record.keys()
 

@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.special import softmax
+from sklearn.metrics import brier_score_loss
 
 from soups.errors import SoupError
 from soups.statistics import (
     TEMPERATURES,
     accuracy,
     bootstrap_interval,
+    brier_score,
     correctness,
     expected_calibration_error,
     fit_temperature,
@@ -78,6 +81,27 @@ def test_likelihood_and_calibration_ignore_a_constant(shift):
         assert statistic(logits + shift, labels) == pytest.approx(
             statistic(logits, labels), rel=1e-6, abs=1e-9
         )
+
+
+def test_brier_score_by_hand():
+    # Brier 1950: of a sure forecast 0 or 2, of one that knows nothing of two classes ½.
+    sure = np.array([[1e3, 0.0], [0.0, 1e3], [0.0, 0.0]])
+    assert brier_score(sure[:1], np.array([0])) == 0
+    assert brier_score(sure[:1], np.array([1])) == 2
+    assert brier_score(sure[2:], np.array([1])) == 0.5
+    assert brier_score(sure, np.array([0, 0, 0])) == pytest.approx((0 + 2 + 0.5) / 3)
+
+
+def test_brier_score_of_two_classes_is_twice_that_of_scikit_learn(rng):
+    logits, labels = calibrated(rng, 300, classes=2)
+    probabilities = softmax(logits, axis=1)[:, 1]
+    assert brier_score(logits, labels) == pytest.approx(2 * brier_score_loss(labels, probabilities))
+
+
+def test_brier_score_is_proper(rng):
+    logits, labels = calibrated(rng, 20_000)
+    best = brier_score(logits, labels)
+    assert all(brier_score(factor * logits, labels) > best for factor in (0.7, 1.4))
 
 
 def test_calibration_error_by_hand():
@@ -181,19 +205,30 @@ def test_interval_of_outcomes_that_are_all_alike_is_a_point(right):
     assert bootstrap_interval(np.full(20, right), seed=0) == (float(right), float(right))
 
 
-def test_nominal_95_percent_covers(rng):
-    covered = paired = 0
-    for k in range(400):
-        a = rng.random(500) < 0.8
-        low, high = bootstrap_interval(a, resamples=500, seed=k)
-        covered += low <= 0.8 <= high
-        b = np.where(rng.random(500) < 0.2, rng.random(500) < 0.5, a)
-        # Where b was drawn anew it is right with 0.5 instead of 0.8.
-        low, high = paired_difference_interval(a, b, resamples=500, seed=k)
-        paired += low <= 0.2 * (0.8 - 0.5) <= high
-    # Three standard deviations of a binomial with 400 trials are 3.3%.
-    assert 0.91 <= covered / 400 <= 0.985
-    assert 0.91 <= paired / 400 <= 0.985
+TABLES = 1000
+
+
+@pytest.mark.parametrize(("rows", "p"), [(500, 0.8), (539, 0.96), (10_000, 0.64)])
+def test_a_nominal_95_percent_covers_the_accuracy(rows, p, rng):
+    covered = 0
+    for k in range(TABLES):
+        low, high = bootstrap_interval(rng.random(rows) < p, resamples=1000, seed=k)
+        covered += low <= p <= high
+    assert 0.93 <= covered / TABLES <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("rows", "won", "lost"), [(500, 0.06, 0.04), (539, 0.02, 0.02), (10_000, 0.05, 0.045)]
+)
+def test_a_nominal_95_percent_covers_the_difference(rows, won, lost, rng):
+    covered = 0
+    for k in range(TABLES):
+        drawn = rng.random(rows)
+        both = drawn > 0.5
+        a, b = both | (drawn < won), both | ((drawn >= won) & (drawn < won + lost))
+        low, high = paired_difference_interval(a, b, resamples=1000, seed=k)
+        covered += low <= won - lost <= high
+    assert 0.93 <= covered / TABLES <= 0.97
 
 
 def test_ten_thousand_rows_take_milliseconds(rng):
@@ -216,7 +251,14 @@ def test_ten_thousand_rows_take_milliseconds(rng):
     ],
 )
 @pytest.mark.parametrize(
-    "statistic", [negative_log_likelihood, expected_calibration_error, fit_temperature, correctness]
+    "statistic",
+    [
+        negative_log_likelihood,
+        expected_calibration_error,
+        brier_score,
+        fit_temperature,
+        correctness,
+    ],
 )
 def test_broken_logits_are_refused(statistic, logits, labels, message):
     with pytest.raises(SoupError, match=message):

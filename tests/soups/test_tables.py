@@ -11,8 +11,8 @@ import pytest
 
 from soups.caption import Setting, caption
 from soups.diversity import Diversity
-from soups.leaderboard import CrossFitted, Row, ranked, with_intervals
 from soups.readings import Count
+from soups.rows import CrossFitted, Row, ranked, with_intervals
 from soups.tables import markdown_table, terminal_table, write_leaderboard
 from tests.soups.rows import SEVERITIES, made_predictions, made_rows, row
 

@@ -6,6 +6,7 @@ import json
 import torch
 
 from fleet.storage.encodings import ENCODINGS
+from fleet.storage.references import tensor_of
 from fleet.variants import Encoded, Node, Store, Variant, tensor_hash
 
 
@@ -116,3 +117,13 @@ def pack_of(store, name, key="layer.weight"):
     """The file that holds a variant's own tensor."""
     (reference,) = store.variants[name].tensors[key].parts.values()
     return store.packs.path(store.packs.pack_of(reference))
+
+
+def damage_tensor(store, name, key="layer.weight"):
+    """Flip a bit of a variant's own tensor where it lies; the file of its pack, and its hash."""
+    (reference,) = store.variants[name].tensors[key].parts.values()
+    place = store.packs.place(reference)
+    content = bytearray(place.path.read_bytes())
+    content[place.offset] ^= 0x40
+    place.path.write_bytes(content)
+    return place.path, tensor_of(reference)

@@ -256,6 +256,94 @@ def test_an_adapter_keeps_its_factors(zoo, tmp_path):
             torch.testing.assert_close(value, merged[key])
 
 
+def save_bottlenecks(folder, seed, classes=4):
+    """A folder of a bottleneck adapter after the block's MLP, and a head; its tensors."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"down": (2, 32), "down_bias": (2,), "up": (32, 2), "up_bias": (32,)}
+    parts = {part: torch.randn(shape, generator=draw) for part, shape in shapes.items()}
+    head = {
+        "head.weight": torch.randn(classes, 32, generator=draw),
+        "head.bias": torch.randn(classes, generator=draw),
+    }
+    folder.mkdir()
+    own = {f"adapters/blocks.0.mlp/{part}": value for part, value in parts.items()}
+    whole = {f"tensors/{key}": value for key, value in head.items()}
+    save_file({**own, **whole}, folder / "bottlenecks.safetensors")
+    described = {"adapters": {"blocks.0.mlp": {"activation": "gelu"}}, "classes": classes}
+    (folder / "bottlenecks.json").write_text(json.dumps(described))
+    return parts, head
+
+
+@pytest.fixture
+def mixed(zoo, tmp_path):
+    """A zoo of two checkpoints and two folders of bottleneck adapters, and what these hold."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("base", "noise", "domain0-0"):
+        (folder / f"{name}.safetensors").symlink_to(zoo / f"{name}.safetensors")
+    return folder, {n: save_bottlenecks(folder / n, k) for k, n in enumerate(("a", "z"))}
+
+
+@pytest.mark.parametrize("how", [{"exact": True}, {"tolerance": TOLERANCE, "domains": 1}])
+def test_bottleneck_adapters_are_stored_as_they_are(mixed, tmp_path, how):
+    folder, adapters = mixed
+    built = build(zoo_config(folder, **how), tmp_path / "store", progress=False)
+    store = Store(tmp_path / "store")
+    assert sorted(store.variants) == ["a", "domain0-0", "noise", "z"]
+    base = load_file(folder / "base.safetensors")
+    for name, (parts, head) in adapters.items():
+        variant = store.variants[name]
+        assert variant.node == "base"
+        assert variant.classes == 4
+        assert variant.adapters["blocks.0.mlp"].settings == {"activation": "gelu"}
+        assert same(store.parts(name)["blocks.0.mlp"], parts)
+        assert same(store.tensors(name), {**base, **head})
+        assert rows(built)[name]["bytes"] == 4 * (2 * 32 + 2 + 32 * 2 + 32 + 4 * 33)
+        assert rows(built)[name]["error"] == 0
+    assert store.verify() == []
+    before = store.version
+    build(zoo_config(folder, **how), tmp_path / "store", progress=False)
+    assert Store(tmp_path / "store").version == before
+
+
+def test_a_build_of_adapters_alone_goes_on_where_it_was(mixed, tmp_path, monkeypatch):
+    folder, _ = mixed
+    paths = {name: folder / name for name in ("a", "z")}
+    given = BuildConfig(base=str(folder / "base.safetensors"), variants=paths, exact=True)
+    read = building.read_bottlenecks
+
+    def interrupted(name, path):
+        if (tmp_path / "store").exists() and name == "z":
+            raise KeyboardInterrupt
+        return read(name, path)
+
+    monkeypatch.setattr(building, "read_bottlenecks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(given, tmp_path / "store", progress=False)
+    assert list(Store(tmp_path / "store").variants) == ["a"]
+    monkeypatch.undo()
+    build(given, tmp_path / "store", progress=False)
+    assert list(Store(tmp_path / "store").variants) == ["a", "z"]
+    (folder / "z" / "bottlenecks.json").write_text("{}")
+    with pytest.raises(FleetError, match="holds a store of another build"):
+        build(given, tmp_path / "store", progress=False)
+
+
+def test_bottleneck_adapters_that_do_not_fit_are_refused_before_anything_is_written(
+    mixed, tmp_path
+):
+    folder, _ = mixed
+    of_domain = zoo_config(folder, exact=True, domains={"mine": ["noise", "z"]})
+    with pytest.raises(FleetError, match=r"domains\.mine: 'z' is an adapter, which is over the"):
+        build(of_domain, tmp_path / "store", progress=False)
+    described = json.loads((folder / "z" / "bottlenecks.json").read_text())
+    described["adapters"]["more"] = {}
+    (folder / "z" / "bottlenecks.json").write_text(json.dumps(described))
+    with pytest.raises(FleetError, match=r"tells of 2 adapters, .* holds others"):
+        build(zoo_config(folder, exact=True), tmp_path / "store", progress=False)
+    assert not (tmp_path / "store").exists()
+
+
 def test_levels_can_be_left_out(zoo, tmp_path):
     size = {}
     for level in ("general", "domain", "task", None):

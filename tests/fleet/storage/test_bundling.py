@@ -3,7 +3,7 @@ import torch
 
 from fleet.errors import FleetError
 from fleet.storage.bundling import VALUES_BYTES, bundled
-from fleet.storage.objects import tensor_hash
+from fleet.storage.hashes import tensor_hash
 from fleet.storage.records import Encoded
 from fleet.storage.references import piece_of, tensor_of
 

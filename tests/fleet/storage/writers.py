@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+from fleet.storage import collecting
 from fleet.variants import Store
 from tests.fleet.storage.stores import changed, exact_variant, small_base
 
@@ -15,9 +16,9 @@ STEPS = ("fsync", "ftruncate", "mkdir", "open", "posix_fallocate", "pwrite", "re
 
 
 def version_of(name, seed):
-    """The variant `name` as the writers below write it for the `seed`-th time."""
+    """The variant `name` (v, w or x) as the writers below write it for the `seed`-th time."""
     base = small_base()
-    values = changed(base, seed)
+    values = changed(base, 3 * seed + "vwx".index(name))
     return *exact_variant(name, values, base, about={"seed": seed}), values
 
 
@@ -71,10 +72,20 @@ def add_sparse(folder):
     store.remove("x")
 
 
+def add_small(folder):
+    """`v` and two others in packs of their own, and no other pack but the base's."""
+    store = Store(folder)
+    for name in ("v", "w", "x"):
+        store.add(*version_of(name, 2)[:2])
+    store.gc()
+
+
 def do_one(what, folder, at, before):
     """One change, killed before or in the middle of (a write), or after, its `at`-th step."""
     store = Store(folder)
     variant, tensors, _ = version_of("v", 2)
+    if what == "merge":
+        collecting.SMALL_PACKS = 4
     count = 0
 
     def watched(name, call):

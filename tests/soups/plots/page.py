@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from soups.caption import Setting
-from soups.leaderboard import Row
 from soups.reports.tables import Effects
+from soups.rows import Row
 from soups.tables import write_leaderboard
 
 

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
 from soups.errors import SoupError
-from soups.leaderboard import CrossFitted, Metrics, Row
 from soups.plots import overfitting
+from soups.rows import CrossFitted, Metrics, Row
 from tests.soups.plots.page import written
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from soups.leaderboard import CrossFitted, Metrics, Row
 from soups.plots import costs, leaderboard
+from soups.rows import CrossFitted, Metrics, Row
 from soups.significance import Difference
 from soups.statistics import Interval
 from tests.soups.plots.page import check_labels, check_page, written

@@ -25,10 +25,11 @@ def test_every_comparison_has_its_place():
     figure = draw_comparisons(found, "greedy", [*axes])
     panels = figure.axes
     assert [panel.get_title(loc="left") for panel in panels] == [
-        f"{zoo}: images {images}" for zoo in ("bn", "ln") for images in axes["images"]
+        f"{of}, images {n}" for of in ("zoo bn", "zoo ln", "all zoos") for n in axes["images"]
     ]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [*LEARNERS]
-    for panel, zoo in zip(panels, ("bn", "bn", "bn", "ln", "ln", "ln"), strict=True):
+    of_panels = [zoo for zoo in ("bn", "ln", "all") for _ in axes["images"]]
+    for panel, zoo in zip(panels, of_panels, strict=True):
         marks = [line for line in panel.lines if len(line.get_xdata()) == 1]
         assert len(marks) == len(LEARNERS) * 2
         drawn = sorted(float(line.get_xdata()[0]) for line in marks)

@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 from inputs.config import read_config
 from inputs.errors import InputError
 from soups.config import LearnConfig
-from soups.leaderboard import load_predictions
 from soups.learn import app
 from soups.pipeline import run
+from soups.rows import load_predictions
 from soups.sweeps.cells import _seconds_before, check_cells, make_zoos
 from soups.sweeps.sweep import Sweep, is_sweep, plan_sweep
 from tests.soups.conftest import make_config
@@ -234,11 +234,13 @@ def test_the_tables_have_every_run(finished: Path):
         table = pd.read_csv(place / "leaderboard.csv").set_index("learner")
         assert table.loc[row["learner"], "report_accuracy"] == row["report_accuracy"]
         assert not (place / "pictures").exists()
+        assert not (place / "leaderboard.html").exists()
         assert not (place / "soups").exists()
     found = pd.read_csv(folder / "comparisons.csv")
     # Two learners against greedy: over all, for each number of images.
     assert len(found) == 2 * 3
     assert (folder / "pictures" / "comparisons_greedy.png").read_bytes().startswith(b"\x89PNG")
+    assert "greedy" in (folder / "leaderboard.html").read_text()
     text = (folder / "comparisons.md").read_text()
     assert "Report accuracy minus that of greedy" in text
     record = json.loads((folder / "run.json").read_text())

@@ -16,10 +16,10 @@ from soups.hierarchy import PairedRun, hierarchical_interval
 from soups.sweeps.caption import caption
 from soups.sweeps.tables import (
     RunResult,
-    _report_images,
     compare,
     comparison_tables,
     mean_table,
+    report_images,
     write_tables,
 )
 
@@ -216,7 +216,7 @@ def test_which_runs_share_their_report():
             "select": {"from": "train", "count": 5},
             "report": {"from": "test"},
         }
-        return _report_images(DataConfig.model_validate(parts | changes))
+        return report_images(DataConfig.model_validate(parts | changes))
 
     plain = images()
     assert images(select_seed=3, size=24, select={"from": "train", "count": 9}) == plain

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from soups.errors import SoupError
-from soups.leaderboard import Row, load_predictions, ranked, save_predictions, score, with_intervals
+from soups.rows import Row, load_predictions, ranked, save_predictions, score, with_intervals
 from soups.significance import differences, tied_with_best
 from soups.statistics import fit_temperature
 from tests.soups.rows import made_predictions, made_rows, row

@@ -1,0 +1,1 @@
+"""Leaderboards of several runs: joined tables, and one page to look at them."""
