@@ -20,7 +20,10 @@ from tests.soups.conftest import make_config
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "extending.md"
 PACKAGES = ("inputs", "kernels", "merge", "fleet", "soups")
-BLOCK = re.compile(r"^```python\n# ([\w/.]+)(?:, (above|below) `(.+)`)?\n(.*?)^```$", re.M | re.S)
+# `[^\n]`: with re.S a dot is any character, and the place would reach to the page's last backtick.
+BLOCK = re.compile(
+    r"^```python\n# ([\w/.]+)(?:, (above|below) `([^\n]+)`)?\n(.*?)^```$", re.M | re.S
+)
 
 
 @pytest.fixture(scope="module")
