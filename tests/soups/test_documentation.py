@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,8 +11,17 @@ from pathlib import Path
 import pytest
 
 from inputs.config import Settings
-from soups import documentation, plots
-from soups.documentation import CHAPTERS, DOCUMENTS, PROGRAMS, explanation, sections
+from soups import plots
+from soups.documentation import (
+    CHAPTERS,
+    DOCUMENTS,
+    PROGRAMS,
+    explanation,
+    is_kind,
+    main,
+    meaning,
+    sections,
+)
 from soups.learners.registry import LEARNERS
 from soups.reports.registry import REPORTS
 
@@ -22,30 +32,50 @@ DOCS = ROOT / "docs"
 def schemas() -> dict[type[Settings], str]:
     """Every group of keys, and where it stands."""
     titles: dict[type[Settings], str] = {}
-    for _, _, root, at in CHAPTERS:
-        list(sections(root, at, titles))
+    for chapter, _, root, at in CHAPTERS:
+        list(sections(root, at, titles, chapter))
     return titles
 
 
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    """The documents as they are generated here."""
+    return {name: write() for name, write in DOCUMENTS.items()}
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_committed_file_is_the_generated_one(name):
+def test_the_committed_file_is_the_generated_one(pages, name):
     committed = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    assert committed == DOCUMENTS[name](), (
+    assert committed == pages[name], (
         f"write it again: python -m soups.documentation {name} > docs/{name}.md"
     )
 
 
-def test_the_command_writes_it():
-    command = [sys.executable, "-m", "soups.documentation", "config"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == DOCUMENTS["config"]()
-    wrong = subprocess.run([*command[:-1], "nothing"], capture_output=True, text=True, cwd=ROOT)
-    assert wrong.returncode != 0
-    assert "commands,config" in wrong.stderr
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_command_writes_it_in_any_surroundings(name, tmp_path):
+    """A narrow terminal with colours, from a folder that is not the source's."""
+    surroundings = {"COLUMNS": "40", "TERMINAL_WIDTH": "40", "FORCE_COLOR": "1", "LINES": "5"}
+    done = subprocess.run(
+        [sys.executable, "-m", "soups.documentation", name],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | surroundings | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert done.stdout == (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    for place in (ROOT, Path.home(), tmp_path):
+        assert str(place) not in done.stdout
 
 
-def test_every_command_has_its_help():
-    text = DOCUMENTS["commands"]()
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["config", "commands"]])
+def test_what_is_no_name_is_refused(arguments):
+    with pytest.raises(SystemExit, match=r"usage: .*commands,config"):
+        main(arguments)
+
+
+def test_every_command_has_its_help(pages):
+    text = pages["commands"]
     for program in PROGRAMS:
         assert f"## {program.name}\n" in text
     for words in (
@@ -60,8 +90,8 @@ def test_every_command_has_its_help():
     assert not re.search(r" +$", text, re.M)
 
 
-def test_every_key_of_a_config_has_a_row():
-    text = DOCUMENTS["config"]()
+def test_every_key_of_a_config_has_a_row(pages):
+    text = pages["config"]
     found = schemas()
     for settings in found:
         for name, info in settings.model_fields.items():
@@ -73,30 +103,38 @@ def test_every_key_of_a_config_has_a_row():
 
 
 @pytest.mark.parametrize("settings", schemas(), ids=lambda settings: settings.__name__)
-def test_every_key_is_explained(settings):
-    """In the docstring, or by a section of its own; `type` and `source` choose the section."""
-    said = set(re.findall(r"`([\w.]+)", explanation(settings)))
-    missing = [
-        name
+def test_every_key_is_explained(pages, settings):
+    """By a sentence below it in the class; a key that tells kinds apart has the same one always."""
+    said = {
+        name: meaning(settings, name)
         for name, info in settings.model_fields.items()
-        if name not in ("type", "source", "parameters", "models", "model", "data", "seed")
-        and (info.alias or name) not in said
-        and not list(documentation.inner_settings(info.annotation, ""))
-        and info.annotation is not type(None)
-    ]
-    assert missing == []
+        if not is_kind(name, info)
+    }
+    assert [name for name, text in said.items() if not text.endswith(".")] == []
+    rows = pages["config"]
+    assert all(f"| {text.replace('|', chr(92) + '|')} |" in rows for text in said.values())
+    assert explanation(settings)
 
 
-def test_every_link_in_the_page_has_its_heading():
-    text = DOCUMENTS["config"]()
+def test_every_link_in_the_page_has_its_own_heading(pages):
+    text = pages["config"]
     headings = re.findall(r"^#+ (.+)$", text, re.M)
-    addresses = {
+    addresses = [
         "".join(c for c in h.lower() if c.isalnum() or c in " -_").replace(" ", "-")
         for h in headings
-    }
+    ]
+    assert len(set(addresses)) == len(addresses)
     links = set(re.findall(r"\]\(#([^)]+)\)", text))
     assert links
-    assert links <= addresses
+    assert links <= set(addresses)
+
+
+def test_no_row_is_too_wide_to_read(pages):
+    """The widest has three links to kinds; the fourteen learners have a link to the first."""
+    rows = [line for line in pages["config"].splitlines() if line.startswith("|")]
+    for row in rows:
+        key, may_be, *_ = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
+        assert may_be.count("](#") <= 3, key
 
 
 def test_every_picture_is_spoken_of():
