@@ -56,9 +56,9 @@ def put(file: Path, side: str, line: str, code: str) -> None:
 
 def run(source: Path, *words: object) -> str:
     environment = os.environ | {"PYTHONPATH": str(source)}
-    command = [sys.executable, "-m", *map(str, words)]
+    command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -69,7 +69,7 @@ def test_the_learner(source, kitchen, tmp_path):
     config |= {"output": str(tmp_path / "results"), "pictures": False, "out_of_fold": 2}
     config["learners"] = {"weighted": {"temperature": 0.02}, "best_single": {}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    assert "weighted" in run(source, "soups.learn", tmp_path / "config.yaml", "--quiet")
+    assert "weighted" in run(source, "-m", "soups.learn", tmp_path / "config.yaml", "--quiet")
     folder = tmp_path / "results" / "small"
     soup = json.loads((folder / "coefficients" / "weighted.json").read_text())
     accuracies = json.loads((folder / "run.json").read_text())["ingredients"]["select_accuracy"]
@@ -78,34 +78,59 @@ def test_the_learner(source, kitchen, tmp_path):
     np.testing.assert_allclose(matrix, expected / expected.sum(), rtol=1e-9)
 
 
+# Merges lists of files, each into one.
+MEDIANS = """
+import json, sys
+import merge
+
+for out, files in json.loads(sys.argv[1]).items():
+    merge.merge({"merge_method": "median", "models": [{"model": file} for file in files]}, out)
+"""
+
+
 def test_the_merge_method_on_the_format(source, kitchen, tmp_path):
     names = ["00", "01", "02", "03"]
     states = [load_file(kitchen / "zoo" / f"{name}.safetensors") for name in names]
-    for name, state in zip(names, states, strict=True):
-        arrays = {n: t.numpy() for n, t in state.items() if t.is_floating_point()}
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-    for count in (3, 4):
-        models = [{"model": str(tmp_path / f"{name}.npz")} for name in names[:count]]
-        config = tmp_path / f"{count}.yaml"
-        config.write_text(json.dumps({"merge_method": "median", "models": models}))
-        run(source, "merge", config, tmp_path / f"{count}.safetensors", "--quiet")
-        merged = load_file(tmp_path / f"{count}.safetensors")
-        assert merged.keys() == arrays.keys()
+    files = [str(tmp_path / f"{name}.npz") for name in names]
+    for file, state in zip(files, states, strict=True):
+        np.savez(file, **{n: t.numpy() for n, t in state.items() if t.is_floating_point()})
+    wanted = {str(tmp_path / f"{count}.safetensors"): files[:count] for count in (3, 4)}
+    run(source, "-c", MEDIANS, json.dumps(wanted))
+    for out, own in wanted.items():
+        merged = load_file(out)
+        assert merged.keys() == {n for n, t in states[0].items() if t.is_floating_point()}
         for name, tensor in merged.items():
-            stacked = torch.stack([state[name] for state in states[:count]]).double()
+            stacked = torch.stack([state[name] for state in states[: len(own)]]).double()
             torch.testing.assert_close(tensor.double(), stacked.quantile(0.5, dim=0))
-    assert "median_k w_k" in run(source, "merge", "methods", "median")
 
 
 def test_a_folder_of_the_format_is_a_zoo(source, kitchen, tmp_path):
-    zoo = tmp_path / "zoo"
-    zoo.mkdir()
-    for name in ("00", "01", "base"):
+    for name in ("00", "01", "02", "base"):
         state = load_file(kitchen / "zoo" / f"{name}.safetensors")
-        np.savez(zoo / f"{name}.npz", **{n: t.numpy() for n, t in state.items()})
-    found = json.loads(run(source, "soups", "doctor", zoo, "--json"))
+        save = np.savez_compressed if name == "02" else np.savez
+        save(tmp_path / f"{name}.npz", **{n: t.numpy() for n, t in state.items()})
+    cut = (tmp_path / "00.npz").read_bytes()[:-100]
+    (tmp_path / "cut.npz").write_bytes(cut)
+    found = json.loads(run(source, "-m", "soups", "doctor", tmp_path, "--json"))
     assert [patient["name"] for patient in found["patients"]] == ["00", "01", "base"]
-    np.savez_compressed(zoo / "01.npz", **{n: t.numpy() for n, t in state.items()})
-    found = json.loads(run(source, "soups", "doctor", zoo, "--json"))
-    (wrong,) = [finding for finding in found["findings"] if finding["kind"] == "unreadable"]
-    assert "not savez_compressed" in wrong["text"]
+    wrong = {f["members"][0]: f["text"] for f in found["findings"] if f["kind"] == "unreadable"}
+    assert wrong.keys() == {"02", "cut"}
+    assert "not savez_compressed" in wrong["02"]
+    assert "write it again" in wrong["cut"]
+
+
+@pytest.mark.slow
+def test_the_shared_laws_find_what_was_added(source):
+    """As the page says: the laws of learners and of methods run on the new ones by themselves."""
+    shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", source)
+    laws = {
+        "weighted": "tests/soups/learners/test_learners.py",
+        "median": "tests/merge/methods/test_laws.py",
+    }
+    # Without the types' checks at run time, which take longer than the laws.
+    options = ("-q", "-rp", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
+    words = ("-m", "pytest", *options, "-k", " or ".join(laws))
+    passed = run(source, *words, *laws.values())
+    for added, file in laws.items():
+        assert len(re.findall(rf"^PASSED {file}::.*\b{added}\b", passed, re.M)) >= 8, added
