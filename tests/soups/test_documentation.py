@@ -12,16 +12,9 @@ import pytest
 
 from inputs.config import Settings
 from soups import plots
-from soups.documentation import (
-    CHAPTERS,
-    DOCUMENTS,
-    PROGRAMS,
-    explanation,
-    is_kind,
-    main,
-    meaning,
-    sections,
-)
+from soups.documentation.__main__ import DOCUMENTS, main
+from soups.documentation.commands import PROGRAMS
+from soups.documentation.keys import CHAPTERS, explanation, is_kind, meaning, sections
 from soups.learners.registry import LEARNERS
 from soups.reports.registry import REPORTS
 
@@ -143,7 +136,17 @@ def test_every_picture_is_spoken_of():
         assert f"{name}(" in page, name
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name
+)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_list_of_the_readme():
+    listed = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Documentation\n")[1]
+    listed = listed.split("\n## ")[0]
+    for page in DOCS.glob("*.md"):
+        assert f"(docs/{page.name})" in listed, page.name
