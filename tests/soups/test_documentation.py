@@ -44,21 +44,30 @@ def test_the_committed_file_is_the_generated_one(pages, name):
     )
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_command_writes_it_in_any_surroundings(name, tmp_path):
+def test_the_command_writes_helps_in_any_surroundings(tmp_path):
     """A narrow terminal with colours, from a folder that is not the source's."""
     surroundings = {"COLUMNS": "40", "TERMINAL_WIDTH": "40", "FORCE_COLOR": "1", "LINES": "5"}
     done = subprocess.run(
-        [sys.executable, "-m", "soups.documentation", name],
+        [sys.executable, "-m", "soups.documentation", "commands"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env=os.environ | surroundings | {"PYTHONPATH": str(ROOT)},
         check=True,
     )
-    assert done.stdout == (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    for place in (ROOT, Path.home(), tmp_path):
-        assert str(place) not in done.stdout
+    assert done.stdout == (DOCS / "commands.md").read_text(encoding="utf-8")
+
+
+def test_the_command_writes_keys_in_any_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    main(["config"])
+    assert capsys.readouterr().out == (DOCS / "config.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_page_names_this_machine(pages, name):
+    for place in (ROOT, Path.home()):
+        assert str(place) not in pages[name]
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["config", "commands"]])

@@ -78,45 +78,46 @@ def test_the_learner(source, kitchen, tmp_path):
     np.testing.assert_allclose(matrix, expected / expected.sum(), rtol=1e-9)
 
 
-# Merges lists of files, each into one.
-MEDIANS = """
-import json, sys
+# Merges lists of files, each into one, and prints what the doctor has to say of a folder: in one
+# process, since importing torch takes longer than all of it.
+ON_THE_FORMAT = """
+import json, pathlib, sys
 import merge
+from soups.doctor.diagnosis import examine
 
-for out, files in json.loads(sys.argv[1]).items():
+folder, merges = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+for out, files in merges.items():
     merge.merge({"merge_method": "median", "models": [{"model": file} for file in files]}, out)
+print(json.dumps(examine(folder).record()))
 """
 
 
 def test_the_merge_method_on_the_format(source, kitchen, tmp_path):
-    names = ["00", "01", "02", "03"]
+    names = ["00", "01", "02", "base"]
     states = [load_file(kitchen / "zoo" / f"{name}.safetensors") for name in names]
-    files = [str(tmp_path / f"{name}.npz") for name in names]
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    files = [str(zoo / f"{name}.npz") for name in names]
     for file, state in zip(files, states, strict=True):
-        np.savez(file, **{n: t.numpy() for n, t in state.items() if t.is_floating_point()})
-    wanted = {str(tmp_path / f"{count}.safetensors"): files[:count] for count in (3, 4)}
-    run(source, "-c", MEDIANS, json.dumps(wanted))
-    for out, own in wanted.items():
-        merged = load_file(out)
-        assert merged.keys() == {n for n, t in states[0].items() if t.is_floating_point()}
-        for name, tensor in merged.items():
-            stacked = torch.stack([state[name] for state in states[: len(own)]]).double()
-            torch.testing.assert_close(tensor.double(), stacked.quantile(0.5, dim=0))
+        np.savez(file, **{n: t.numpy() for n, t in state.items()})
+    np.savez_compressed(zoo / "small.npz", **{n: t.numpy() for n, t in states[0].items()})
+    (zoo / "cut.npz").write_bytes(Path(files[0]).read_bytes()[:-100])
+    merges = {str(tmp_path / f"{count}.safetensors"): files[:count] for count in (3, 4)}
 
-
-def test_a_folder_of_the_format_is_a_zoo(source, kitchen, tmp_path):
-    for name in ("00", "01", "02", "base"):
-        state = load_file(kitchen / "zoo" / f"{name}.safetensors")
-        save = np.savez_compressed if name == "02" else np.savez
-        save(tmp_path / f"{name}.npz", **{n: t.numpy() for n, t in state.items()})
-    cut = (tmp_path / "00.npz").read_bytes()[:-100]
-    (tmp_path / "cut.npz").write_bytes(cut)
-    found = json.loads(run(source, "-m", "soups", "doctor", tmp_path, "--json"))
-    assert [patient["name"] for patient in found["patients"]] == ["00", "01", "base"]
+    found = json.loads(run(source, "-c", ON_THE_FORMAT, zoo, json.dumps(merges)))
+    assert [patient["name"] for patient in found["patients"]] == names
     wrong = {f["members"][0]: f["text"] for f in found["findings"] if f["kind"] == "unreadable"}
-    assert wrong.keys() == {"02", "cut"}
-    assert "not savez_compressed" in wrong["02"]
+    assert wrong.keys() == {"small", "cut"}
+    assert "not savez_compressed" in wrong["small"]
     assert "write it again" in wrong["cut"]
+
+    for out, own in merges.items():
+        merged = load_file(out)
+        assert merged.keys() == states[0].keys()
+        for name, tensor in merged.items():
+            if tensor.is_floating_point():
+                stacked = torch.stack([state[name] for state in states[: len(own)]]).double()
+                torch.testing.assert_close(tensor.double(), stacked.quantile(0.5, dim=0))
 
 
 @pytest.mark.slow
