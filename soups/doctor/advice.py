@@ -22,7 +22,7 @@ class Facts:
     """What advice follows from: `ingredients` are those that can be mixed, without the base.
 
     `nbytes` is the size of one, `cosine` the mean of their deltas to the base, `connected` whether
-    all share a basin, where that was measured.
+    these share a basin, where that was measured.
     """
 
     ingredients: int
@@ -112,8 +112,11 @@ def _methods(facts: Facts) -> Iterator[Advice]:
     on_deltas = [m.name for m in fitting if m.base == "required" and not m.statistics]
     with_data = [m.name for m in fitting if m.statistics]
     others = [m.name for m in methods if _wrong_count(m, facts.ingredients)]
-    verdict: Verdict = "not as it is" if facts.connected is False else "would work"
-    yield Advice("method", tuple(free), verdict, "need no base")
+    if facts.connected is False:
+        why = "are on the barrier between basins; merge those of one basin, or give `align:`"
+        yield Advice("method", tuple(free), "not as it is", why)
+    else:
+        yield Advice("method", tuple(free), "would work", "need no base")
     if facts.base is None:
         why = "work on differences to a base, which is not known: name it with base_model"
         yield Advice("method", tuple(on_deltas), "not as it is", why)

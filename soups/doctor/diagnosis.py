@@ -299,13 +299,15 @@ class _Examination:
         apart = [barrier for barrier in self.basins.barriers if barrier.stands]
         groups = self.basins.groups
         if len(groups) > 1:
+            others = len(groups[0]) - 1
+            largest = groups[0][0] + (f" and {plural(others, 'other')}" if others else "")
             for group in groups[1:]:
                 self.folder.find(
                     "barrier",
                     "odd",
                     group,
-                    f"{'do' if len(group) > 1 else 'does'} not share a basin with {groups[0][0]} "
-                    f"and {plural(len(groups[0]) - 1, 'other')}: the loss half-way is higher",
+                    f"{'do' if len(group) > 1 else 'does'} not share a basin with {largest}: the "
+                    "loss half-way is higher",
                     "mix the checkpoints of one basin; with norm layers try norm_buffers: "
                     "recalibrate first",
                 )
@@ -364,6 +366,13 @@ class _Examination:
         counts = [[len({*a} & {*b}) for b in digests] for a in digests]
         return np.array(counts, dtype=np.int64)
 
+    def _share_a_basin(self, members: Sequence[int]) -> bool | None:
+        """Whether those of them do that were measured; None where nothing was."""
+        if self.basins is None:
+            return None
+        names = {self.name(k) for k in members} & self.basins.accuracies.keys()
+        return any(names <= {*group} for group in self.basins.groups)
+
     def _cosines(self) -> dict[int, float]:
         """The mean cosine of each delta to the base with the others'."""
         place, members = self._base_place(), self._ingredients()
@@ -401,7 +410,7 @@ class _Examination:
             base=base if self._base_place() is not None else None,
             nbytes=max(sizes),
             cosine=float(np.nanmean([*cosines.values()])) if cosines else None,
-            connected=None if self.basins is None else len(self.basins.groups) == 1,
+            connected=self._share_a_basin(ingredients),
         )
         order = {"wrong": 0, "odd": 1, "note": 2}
         return Diagnosis(

@@ -79,7 +79,7 @@ def open_folder(path: Path, opened: ExitStack, *, memory_budget: int) -> Folder:
         try:
             checkpoint = open_checkpoint(entry, memory_budget=memory_budget)
         except MergeError as error:
-            remedy = "take it out of the folder, or get it again"
+            remedy = "take it out of the folder if it cannot be had again"
             folder.find("unreadable", "wrong", [name], f"cannot be opened: {error}", remedy)
             continue
         opened.callback(checkpoint.close)

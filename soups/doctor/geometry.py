@@ -181,13 +181,13 @@ def guess_base(
         reasons.append(f"its norm layers have counted the fewest steps ({steps[place]:,})")
     if place == reaches:
         reasons.append("it shares unchanged tensors with more of the others than any")
-    if place == first:
+    if place == first and ratio >= CLEARLY:
         reasons.append(
             "nothing in it is its own: the nearest mixture of the others is "
             f"{ratio:.3g} times nearer, in squares, than for the next"
-            if ratio >= CLEARLY
-            else "a little nearer to a mixture of the others than any"
         )
+    elif place == first and not reasons:
+        reasons.append("a little nearer to a mixture of the others than any")
     known = place in (called, fewest)
     clear = place == first and ratio >= CLEARLY
     sure = "sure" if known else "likely" if clear or place == reaches else "perhaps"

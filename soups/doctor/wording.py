@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from soups.doctor.finding import Finding, listed
+from soups.doctor.finding import Finding, listed, plural
 
 if TYPE_CHECKING:
     from soups.doctor.diagnosis import Diagnosis
@@ -27,13 +27,17 @@ def wording(diagnosis: Diagnosis) -> str:
     if not any(finding.level != "note" for finding in diagnosis.findings):
         parts.append("Nothing is wrong or odd.")
     if diagnosis.advice:
-        parts.append("\n".join(["What would probably work:", *_advice(diagnosis)]))
+        wrong = any(finding.level == "wrong" for finding in diagnosis.findings)
+        title = f"What would probably work{', without what is wrong' if wrong else ''}:"
+        parts.append("\n".join([title, *_advice(diagnosis)]))
     return "\n\n".join(parts)
 
 
 def _head(diagnosis: Diagnosis) -> str:
+    closed = sum(finding.kind == "unreadable" for finding in diagnosis.findings)
     return (
-        f"{diagnosis.folder}: {len(diagnosis.patients)} checkpoints; most have "
+        f"{diagnosis.folder}: {plural(len(diagnosis.patients), 'checkpoint')}"
+        f"{f', and {closed} that cannot be opened' if closed else ''}; most have "
         f"{diagnosis.tensors:,} tensors, {diagnosis.parameters:,} numbers"
     )
 
@@ -53,7 +57,7 @@ def _table(diagnosis: Diagnosis) -> str:
         remark = ", ".join(["base"] * (patient.name == base) + [*marks])
         line = [
             patient.name,
-            "" if patient.distance is None else f"{patient.distance:.3g}",
+            "" if patient.distance is None else f"{patient.distance:#.3g}",
             "" if patient.cosine is None else f"{patient.cosine:.2f}",
             patient.nearest or "",
         ]

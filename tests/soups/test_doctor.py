@@ -183,6 +183,7 @@ def test_many_faults_at_once(zoo):
         for kind in ("duplicate", "nonfinite", "stranger", "head", "architecture", "unreadable")
     }
     assert diagnosis.base == "base"
+    assert "10 checkpoints, and 1 that cannot be opened; most" in wording(diagnosis)
     levels = [finding.level for finding in diagnosis.findings]
     assert levels == sorted(levels, key=["wrong", "odd", "note"].index)
 
@@ -269,7 +270,11 @@ def test_basins_are_measured_with_a_config(kitchen, zoo):
     assert found(diagnosis) == {"stranger": ("stranger",), "barrier": ("stranger",)}
     record = json.loads(json.dumps(diagnosis.record(), allow_nan=False))
     assert {b["stands"] for b in record["basins"]["barriers"]} == {True, False}
-    assert "accuracy %" in wording(diagnosis)
+    text = wording(diagnosis)
+    assert "accuracy %" in text
+    # Advice is for those that can be mixed, which share a basin.
+    assert "What would probably work, without what is wrong:" in text
+    assert "- would work: uniform." in text
 
 
 def test_a_healthy_zoo_shares_a_basin(kitchen, zoo):
@@ -388,6 +393,7 @@ def test_across_a_barrier_a_mean_is_advised_against():
     verdicts = {name: advice.verdict for advice in said for name in advice.names}
     assert verdicts["uniform"] == verdicts["linear"] == "not as it is"
     assert verdicts["greedy"] == "would work"
+    assert next(advice.why for advice in said if "linear" in advice.names).count("basin") == 2
     assert advise(Facts(1, "base", 1000)) == []
 
 

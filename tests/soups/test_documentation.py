@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from inputs.config import Settings
-from soups import documentation, plots
-from soups.documentation import CHAPTERS, DOCUMENTS, PROGRAMS, explanation, sections
+from soups import plots
+from soups.documentation.__main__ import DOCUMENTS, main
+from soups.documentation.commands import PROGRAMS
+from soups.documentation.keys import CHAPTERS, explanation, is_kind, meaning, sections
 from soups.learners.registry import LEARNERS
 from soups.reports.registry import REPORTS
 
@@ -22,30 +25,59 @@ DOCS = ROOT / "docs"
 def schemas() -> dict[type[Settings], str]:
     """Every group of keys, and where it stands."""
     titles: dict[type[Settings], str] = {}
-    for _, _, root, at in CHAPTERS:
-        list(sections(root, at, titles))
+    for chapter, _, root, at in CHAPTERS:
+        list(sections(root, at, titles, chapter))
     return titles
 
 
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    """The documents as they are generated here."""
+    return {name: write() for name, write in DOCUMENTS.items()}
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_committed_file_is_the_generated_one(name):
+def test_the_committed_file_is_the_generated_one(pages, name):
     committed = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    assert committed == DOCUMENTS[name](), (
+    assert committed == pages[name], (
         f"write it again: python -m soups.documentation {name} > docs/{name}.md"
     )
 
 
-def test_the_command_writes_it():
-    command = [sys.executable, "-m", "soups.documentation", "config"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == DOCUMENTS["config"]()
-    wrong = subprocess.run([*command[:-1], "nothing"], capture_output=True, text=True, cwd=ROOT)
-    assert wrong.returncode != 0
-    assert "commands,config" in wrong.stderr
+def test_the_command_writes_helps_in_any_surroundings(tmp_path):
+    """A narrow terminal with colours, from a folder that is not the source's."""
+    surroundings = {"COLUMNS": "40", "TERMINAL_WIDTH": "40", "FORCE_COLOR": "1", "LINES": "5"}
+    done = subprocess.run(
+        [sys.executable, "-m", "soups.documentation", "commands"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | surroundings | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert done.stdout == (DOCS / "commands.md").read_text(encoding="utf-8")
 
 
-def test_every_command_has_its_help():
-    text = DOCUMENTS["commands"]()
+def test_the_command_writes_keys_in_any_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    main(["config"])
+    assert capsys.readouterr().out == (DOCS / "config.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_page_names_this_machine(pages, name):
+    for place in (ROOT, Path.home() / ".cache"):
+        assert str(place) not in pages[name]
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["config", "commands"]])
+def test_what_is_no_name_is_refused(arguments):
+    with pytest.raises(SystemExit, match=r"usage: .*commands,config"):
+        main(arguments)
+
+
+def test_every_command_has_its_help(pages):
+    text = pages["commands"]
     for program in PROGRAMS:
         assert f"## {program.name}\n" in text
     for words in (
@@ -60,8 +92,8 @@ def test_every_command_has_its_help():
     assert not re.search(r" +$", text, re.M)
 
 
-def test_every_key_of_a_config_has_a_row():
-    text = DOCUMENTS["config"]()
+def test_every_key_of_a_config_has_a_row(pages):
+    text = pages["config"]
     found = schemas()
     for settings in found:
         for name, info in settings.model_fields.items():
@@ -73,30 +105,38 @@ def test_every_key_of_a_config_has_a_row():
 
 
 @pytest.mark.parametrize("settings", schemas(), ids=lambda settings: settings.__name__)
-def test_every_key_is_explained(settings):
-    """In the docstring, or by a section of its own; `type` and `source` choose the section."""
-    said = set(re.findall(r"`([\w.]+)", explanation(settings)))
-    missing = [
-        name
+def test_every_key_is_explained(pages, settings):
+    """By a sentence below it in the class; a key that tells kinds apart has the same one always."""
+    said = {
+        name: meaning(settings, name)
         for name, info in settings.model_fields.items()
-        if name not in ("type", "source", "parameters", "models", "model", "data", "seed")
-        and (info.alias or name) not in said
-        and not list(documentation.inner_settings(info.annotation, ""))
-        and info.annotation is not type(None)
-    ]
-    assert missing == []
+        if not is_kind(name, info)
+    }
+    assert [name for name, text in said.items() if not text.endswith(".")] == []
+    rows = pages["config"]
+    assert all(f"| {text.replace('|', chr(92) + '|')} |" in rows for text in said.values())
+    assert explanation(settings)
 
 
-def test_every_link_in_the_page_has_its_heading():
-    text = DOCUMENTS["config"]()
+def test_every_link_in_the_page_has_its_own_heading(pages):
+    text = pages["config"]
     headings = re.findall(r"^#+ (.+)$", text, re.M)
-    addresses = {
+    addresses = [
         "".join(c for c in h.lower() if c.isalnum() or c in " -_").replace(" ", "-")
         for h in headings
-    }
+    ]
+    assert len(set(addresses)) == len(addresses)
     links = set(re.findall(r"\]\(#([^)]+)\)", text))
     assert links
-    assert links <= addresses
+    assert links <= set(addresses)
+
+
+def test_no_row_is_too_wide_to_read(pages):
+    """The widest has three links to kinds; the fourteen learners have a link to the first."""
+    rows = [line for line in pages["config"].splitlines() if line.startswith("|")]
+    for row in rows:
+        key, may_be, *_ = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
+        assert may_be.count("](#") <= 3, key
 
 
 def test_every_picture_is_spoken_of():
@@ -105,7 +145,17 @@ def test_every_picture_is_spoken_of():
         assert f"{name}(" in page, name
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name
+)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_list_of_the_readme():
+    listed = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Documentation\n")[1]
+    listed = listed.split("\n## ")[0]
+    for page in DOCS.glob("*.md"):
+        assert f"(docs/{page.name})" in listed, page.name
