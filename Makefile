@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 # Compiled modules are kept, whatever the environment says: many processes import them.
 PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: learn test check lint bench clean
+.PHONY: learn test check lint notebooks bench clean
 
 learn: $(VENV)/.installed
 	$(BIN)/python -m soups.learn configs/digits.yaml
@@ -20,6 +20,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest notebooks --overwrite
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/soup_construction.py

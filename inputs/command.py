@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from inputs.errors import InputError
 
@@ -37,6 +38,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every 
 def new_app() -> typer.Typer:
     """A typer application with plain help and plain tracebacks."""
     return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def size(text: str) -> int:
+    """Bytes, such as 5GB or 512MiB; typer's BadParameter for what is no size."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r} is no size; wanted bytes, such as 5GB") from error
 
 
 def run_and_exit(app: typer.Typer, name: str) -> None:

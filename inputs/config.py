@@ -105,49 +105,63 @@ class TimmModel(Settings):
 
     source: Literal["timm"]
     name: str
+    """As `timm.create_model` takes it."""
     kwargs: dict[str, Any] = {}
+    """Further arguments of `timm.create_model`, such as `pretrained: true`; the number of classes
+    and of channels follows from the data."""
 
 
 class OpenClipModel(Settings):
     """An open_clip vision tower with a linear head.
 
-    `head_weights` is a checkpoint with one [classes, dim] tensor, a zero-shot head; it is
-    multiplied by `logit_scale`, so that the head alone gives the logits. Tensor names are those
-    of the public 72-model CLIP zoo (2203.05482): `model.visual.*`, `classification_head.*`.
+    Tensor names are those of the public 72-model CLIP zoo (2203.05482): `model.visual.*`,
+    `classification_head.*`.
     """
 
     source: Literal["open_clip"]
     name: str
+    """One of `open_clip.list_models()`."""
     kwargs: dict[str, Any] = {}
+    """Keys that replace those of the model's published config; those of its `vision_cfg` one by
+    one."""
     normalize_features: bool = True
+    """Whether the tower's features are divided by their length before the head."""
     head_weights: Path | None = None
+    """A checkpoint with one [classes, dim] tensor, a zero-shot head; without it the head is drawn
+    at random."""
     logit_scale: PositiveFloat = 100.0
+    """What `head_weights` are multiplied by, so that the head alone gives the logits."""
 
 
 class FactoryModel(Settings):
     """A user's own model: this is the one setting that names code to run.
 
-    `factory` is `path/to/file.py:function` (relative to the config) or `package.module:function`;
-    it is called as `function(num_classes=…, **kwargs)` and returns a `torch.nn.Module`.
+    The factory is called as `function(num_classes=…, **kwargs)` and returns a `torch.nn.Module`.
     """
 
     source: Literal["factory"]
     factory: str
+    """`path/to/file.py:function` (relative to the config) or `package.module:function`."""
     kwargs: dict[str, Any] = {}
+    """What the function is called with beside `num_classes`."""
 
 
 ModelConfig = Annotated[TimmModel | OpenClipModel | FactoryModel, Field(discriminator="source")]
 
 
 class SplitConfig(Settings):
-    """Which images make one split: `from` a split of the source, a `count` or a `fraction` of it.
+    """Which images make one split: a `count` or a `fraction` of a split of the source.
 
-    With neither, the split is all of it.
+    With neither, the split is all of it. Splits that are taken from one are disjoint.
     """
 
     source: str = Field(alias="from")
+    """Which split of the source, by its name there; that of the digits is `all`, that of a folder
+    without folders of splits `train`."""
     count: PositiveInt | None = None
+    """So many images of it."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """This part of its images, rounded down."""
 
     @model_validator(mode="after")
     def _one_size(self) -> SplitConfig:
@@ -160,33 +174,47 @@ Severity = Annotated[int, Field(ge=1, le=5)]
 
 
 class DataConfig(Settings):
-    """Images and their splits.
-
-    `path` is `digits` (embedded), a Hub id (`id@revision` for one revision), a folder of class
-    folders, or a folder or file of parquet; `size` and `channels` are what the model sees; `mean`
-    and `std` are per channel on [0, 1]. `shifts` are extra report sets: a corruption and its
-    severities. `select_seed` draws *select* anew, where it is given, from what *fit* and *tune*
-    leave; these, and so the zoo, stay as `split_seed` has them.
-    """
+    """Images and their splits."""
 
     path: str
+    """`digits` (embedded), a Hub id (`id@revision` for one revision), a folder of class folders, or
+    a folder or file of parquet."""
     size: PositiveInt | None = None
+    """Height and width, in pixels, that the model sees: the shorter side is scaled to it, and the
+    middle taken. Without it images stay as they are, and must all be of one size."""
     channels: Literal[1, 3] = 3
+    """1 is grey, 3 is RGB."""
     mean: tuple[float, ...] = (0.5,)
+    """The model sees (pixel − mean) / std, for pixels on [0, 1]: one number, or one for each
+    channel."""
     std: tuple[PositiveFloat, ...] = (0.5,)
+    """See `mean`."""
     image_column: str | None = None
+    """The column of a table that has the images; without it the only one that can."""
     label_column: str | None = None
+    """The column that has the labels; without it the only one that can."""
     fit: SplitConfig
+    """The images that ingredients are fine-tuned on. Its source says which classes there are."""
     tune: SplitConfig
+    """The images that a fine-tuning's own stopping may look at."""
     select: SplitConfig
+    """The images that coefficients are learned and learners are chosen on."""
     report: SplitConfig
+    """The images for the table; code that learns cannot reach them."""
     shifts: dict[
         Literal["noise", "blur", "rotation", "contrast"],
         Annotated[list[Severity], Field(min_length=1)],
     ] = {}
+    """Extra report sets: a corruption (`noise`, `blur`, `rotation`, `contrast`) and its severities.
+    """
     cache: Path = Path(".cache/images")
+    """A folder that keeps decoded images, where they take at most a quarter of the memory budget.
+    """
     split_seed: NonNegativeInt = 0
+    """Draws which images each split has; and what `shifts` draw."""
     select_seed: NonNegativeInt | None = None
+    """Draws *select* anew from what *fit* and *tune* leave; these, and so the zoo, stay as
+    `split_seed` has them."""
 
     @model_validator(mode="after")
     def _per_channel(self) -> DataConfig:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from typer.core import TyperGroup
 
 from inputs.command import (
@@ -26,6 +25,7 @@ from inputs.command import (
     configure_logging,
     reported_errors,
     run_and_exit,
+    size,
 )
 from merge.errors import MISTAKES
 
@@ -61,13 +61,6 @@ Models = Annotated[list[str], typer.Argument(metavar="MODEL...")]
 Base = Annotated[str | None, typer.Option("--base", help="What they were fine-tuned from.")]
 
 
-def _size(text: str) -> int:
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise typer.BadParameter(f"{text!r} is no size; wanted bytes, such as 5GB") from error
-
-
 @app.command()
 def run(
     config: ConfigPath,
@@ -87,7 +80,7 @@ def run(
         from merge.planning.config import MergeConfig
 
         settings = load_config(config, overrides or [], MergeConfig)
-        max_shard_bytes = _size(max_shard_size)
+        max_shard_bytes = size(max_shard_size)
         from merge.result.output import check_output
 
         check_output(out.resolve(), overwrite=overwrite)
@@ -131,7 +124,7 @@ def inspect(
     """Compare models: norms, cosines of their deltas, sign conflicts, frozen and tied tensors."""
     with reported_errors(debug, MISTAKES), ExitStack() as opened:
         configure_logging(quiet=quiet, debug=debug)
-        budget = _size(memory_budget)
+        budget = size(memory_budget)
         from merge.checkpoints import open_checkpoint
         from merge.inspection.inspection import inspect_models
 

@@ -183,7 +183,8 @@ class _Inspection:
         for names, paths in extra.items():
             self.problems.append(
                 f"{files_of(paths)}: has {listed(names)}, which {have}; give checkpoints of one "
-                f"model, or leave {them(names)} out with skip: {globs_of(names)}"
+                f"model, or leave {them(names)} out with skip: "
+                f"{globs_of(names, but=self.wanted)}"
             )
 
     def _partner(self, name: str) -> str | None:

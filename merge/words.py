@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 NAMES_SHOWN = 4
 
@@ -13,12 +14,26 @@ def listed(names: Sequence[str], most: int = NAMES_SHOWN) -> str:
     return ", ".join(map(repr, names[:most])) + more
 
 
-def globs_of(names: Sequence[str]) -> str:
-    """Globs for the layers of these names, as they would stand in a config."""
-    parents = [name.rpartition(".")[0] for name in names]
-    globs = dict.fromkeys(f"{p}.*" if p else n for p, n in zip(parents, names, strict=True))
+def globs_of(names: Sequence[str], *, but: Iterable[str] = ()) -> str:
+    """Globs for the layers of these names, as they would stand in a config.
+
+    Where a glob would match one of `but` that is in another layer, the name itself stands for it.
+    """
+    others = {one: _layer(one) for one in but}
+    layers = {_layer(name) for name in names}
+    wide = {
+        layer
+        for layer in layers
+        if any(own != layer and fnmatchcase(one, layer) for one, own in others.items())
+    }
+    globs = dict.fromkeys(name if _layer(name) in wide else _layer(name) for name in names)
     more = ", ..." if len(globs) > NAMES_SHOWN else ""
     return "[" + ", ".join(map(repr, list(globs)[:NAMES_SHOWN])) + more + "]"
+
+
+def _layer(name: str) -> str:
+    """The glob of a name's layer; the name of one that is in none."""
+    return f"{name.rpartition('.')[0]}.*" if "." in name else name
 
 
 def files_of(paths: Sequence[str]) -> str:

@@ -52,31 +52,31 @@ class Range(Settings):
 
 
 class FinetuneConfig(Settings):
-    """How a zoo is made: the base's recipe, then `ingredients` recipes from a space.
-
-    `recipe` maps fields of a Recipe to one value, a list of choices, or a Range (random search
-    only); a field that is not named has Recipe's default, but `seed` differs from ingredient to
-    ingredient unless it is named. A random search draws each field of each ingredient by itself,
-    so a larger zoo begins with the smaller one. A grid takes every combination of the lists, the
-    last list fastest; `ingredients` cuts it short. `checkpoints_every` makes one more ingredient
-    after every so many epochs of each run. With `halving` bad recipes are stopped early and leave
-    no ingredient.
-
-    What follows changes no weights by more than rounding: all are trained `joint`, or one after
-    another; what is under way is saved every `save_every` minutes; `tensorboard` writes event
-    files.
-    """
+    """How a zoo is made: the base's recipe, then `ingredients` recipes from a space."""
 
     base: Recipe = Recipe()
+    """How the base is trained, where `zoo.base` does not name one."""
     ingredients: PositiveInt = 16
+    """How many recipes; a grid without it has all combinations."""
     search: Literal["random", "grid"] = "random"
+    """`random` draws each key of each ingredient by itself, so that a larger zoo begins with the
+    smaller one; `grid` takes every combination of the lists, the last list fastest."""
     recipe: dict[str, Any] = {}
+    """Keys of a recipe, each with one value, a list of choices or, for a random search, a range
+    `{low: 1e-5, high: 1e-3, log: true}`. One that is not named has its default; `seed` is drawn."""
     checkpoints_every: PositiveInt | None = None
+    """One more ingredient after every so many epochs of each run."""
     halving: Halving | None = None
+    """Bad recipes are stopped early, and leave no ingredient."""
     seed: NonNegativeInt = 0
+    """Draws the recipes."""
     joint: bool = True
+    """Train all at once, as many as the memory budget allows; else one after another. It changes no
+    weights by more than rounding."""
     save_every: PositiveFloat = 10.0
+    """Minutes after which what is under way is saved, for a killed run to go on from."""
     tensorboard: bool = False
+    """Write event files for TensorBoard into the zoo's folder."""
 
     @field_validator("recipe")
     @classmethod
@@ -172,34 +172,38 @@ def _sentences(error: ValidationError, where: tuple[str, ...] = ()) -> list[str]
 
 
 class ZooConfig(Settings):
-    """The ingredients: a folder, or a list of files, folders, globs and Hub ids.
-
-    `base` is the checkpoint that they were fine-tuned from, where it is known. `skip` names (as
-    globs) tensors that are left out of the mixing. `finetune` makes the zoo where it is missing.
-    `subset` takes so many of the ingredients, drawn by the run's seed; they keep their order.
-    """
+    """The ingredients: a folder, or a list of files, folders, globs and Hub ids."""
 
     path: Path
+    """The folder that the ingredients are in, or that they are made into."""
     ingredients: list[str] | None = None
+    """Files, folders and globs inside of `path`, other paths, or Hub ids; without it every
+    checkpoint in `path`."""
     subset: Annotated[int, Field(ge=2)] | None = None
+    """Take so many of the ingredients, drawn by the run's seed; they keep their order."""
     base: str | None = None
+    """The checkpoint that they were fine-tuned from; without it the one in `path` that is called
+    `base`, if there is one and `ingredients` are not listed."""
     skip: list[str] = []
+    """Globs of tensors that are not mixed; they are the base's, or the first ingredient's."""
     ema: bool = False
+    """Read the averaged weights of files that hold both."""
     check_finite: bool = True
+    """Refuse ingredients with values that are not finite in tensors that are mixed."""
     finetune: FinetuneConfig | None = None
+    """How the zoo is made where it is missing."""
 
 
 class References(Settings):
-    """Rows of the table that are not soups.
-
-    `ensembles`: the mean logits of all ingredients, and of greedy's members. `finetuned`: the best
-    single and the uniform soup, fine-tuned on *select* for as many steps as the longest learner
-    took, with each of `lrs`; the one that is best on *tune* stands in the table.
-    """
+    """Rows of the table that are not soups."""
 
     ensembles: bool = True
+    """The mean logits of all ingredients, and of the members of greedy."""
     finetuned: bool = True
+    """The best single and the uniform soup, fine-tuned on *select* for as many steps as the longest
+    learner took."""
     lrs: Annotated[list[PositiveFloat], Field(min_length=1)] = [1e-4, 1e-3]
+    """The learning rates of `finetuned`; the one that is best on *tune* stands in the table."""
 
 
 def _labels(axis: Any) -> Any:
@@ -241,24 +245,25 @@ _OF_THE_SWEEP = ("sweep", "name", "output")
 
 
 class SweepConfig(Settings):
-    """Many runs of one config: every combination of the axes' labels is a run.
-
-    An axis maps labels to overrides (dotted keys or nested mappings; a mapping is merged into the
-    one there), or is `keys` and `values`: each value is given to all of the keys. `workers`
-    processes share the cores, each within the config's own memory budget. Of a run's soups only the
-    coefficients stay, unless `keep_soups` is set. Learners are compared
-    with those in `compare` on *report*; runs that differ in the axis `repeats` alone are draws of
-    the same thing, so are those that differ in the axis `seeds` (learners' own seeds on one draw),
-    and those of the axis `zoos` are kept apart and also averaged.
-    """
+    """Many runs of one config: every combination of the axes' labels is a run."""
 
     axes: Annotated[dict[RowName, Axis], Field(min_length=1)]
+    """Axis → label → overrides (dotted keys or nested mappings, which are merged into those that
+    are there); or axis → `{keys: …, values: […]}`: each value is given to all of the keys, and is
+    the label."""
     workers: PositiveInt = 1
+    """How many runs go on at once; they share the cores, and each has the config's memory budget
+    for itself."""
     keep_soups: bool = False
+    """Keep the cooked soups too; else coefficients alone, from which they can be cooked again."""
     compare: list[RowName] = ["greedy"]
+    """The learners' rows that all others are compared with, on *report*."""
     repeats: str = "split"
+    """The axis whose labels are draws of the same thing, such as splits."""
     seeds: str = "seed"
+    """The axis whose labels are learners' own seeds on one draw."""
     zoos: str = "zoo"
+    """The axis whose labels are zoos; they are compared apart, and together."""
 
     @model_validator(mode="after")
     def _axes_that_are_apart(self) -> SweepConfig:
@@ -299,36 +304,55 @@ def overlap(a: str, b: str) -> bool:
 
 
 class LearnConfig(Settings):
-    """One run of `soups.learn`: every row under `learners` becomes a row of the leaderboard, and
-    every row under `reports` a table and a picture of its own. Where there are no `learners`, they
-    are the classics and `pooled`. Without `pictures` those of the
-    learners and of the leaderboard are not drawn, and there is no `leaderboard.html`.
+    """One run of `soups.learn`: every row under `learners` becomes a row of the leaderboard.
 
-    Every learner is cross-fitted on `out_of_fold` folds of *select*, for its accuracy on images
-    that it has not seen; 0 turns that off.
+    Where there are no `learners`, they are the classics and `pooled`.
     """
 
     name: RowName
+    """The run's folder inside of `output`."""
     seed: NonNegativeInt = 0
+    """What learners, `zoo.subset` and intervals draw; splits and fine-tuning have seeds of their
+    own."""
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` is the GPU where there is one."""
     output: Path = Path("results")
+    """The folder that runs are put into."""
     memory_budget: ByteSize = ByteSize(4 * 2**30)
+    """The most memory that the run may take, what the process holds anyway included. The plan is
+    made to fit: how many ingredients a learner holds, how many models are trained at once."""
     norm_buffers: Literal["uniform", "convex", "recalibrate"] = "uniform"
+    """BatchNorm's running statistics, in learning, evaluating and cooking: mixed once with equal
+    weights (`uniform`), by the coefficients clipped to be convex (`convex`), or estimated again on
+    *fit* (`recalibrate`)."""
     train_mode: bool = False
+    """Learners by gradient descent run the model as in training: with dropout, and norms by the
+    batch."""
     eval_batch_size: PositiveInt = 512
+    """Images in a batch where nothing is trained."""
     model: ModelConfig
+    """What the checkpoints are of."""
     data: DataConfig
+    """The images."""
     zoo: ZooConfig
+    """The ingredients."""
     learners: Annotated[dict[RowName, LearnerSettings], Field(min_length=1)] = {
         "best_single": BestSingle(),
         "uniform": Uniform(),
         "greedy": Greedy(),
         "pooled": Pooled(),
     }
+    """Row → learner; a row without a `type` is of the type that it is called."""
     references: References = References()
+    """Rows that are no soups."""
     out_of_fold: NonNegativeInt = 5
+    """Every learner is cross-fitted on so many folds of *select*, for its accuracy on images that
+    it has not seen; 0 turns that off."""
     reports: dict[RowName, ReportSettings] = {}
+    """Name → report: a table and a picture of its own. One without a `type` is of the type that it
+    is called."""
     pictures: bool = True
+    """Draw the learners and the leaderboard, and write `leaderboard.html`."""
 
     @model_validator(mode="before")
     @classmethod

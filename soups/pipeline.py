@@ -59,7 +59,12 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    config: LearnConfig, *, root: Path, fresh: bool, progress: bool, say: Callable[[str], None]
+    config: LearnConfig,
+    *,
+    root: Path = Path(),
+    fresh: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
 ) -> list[Row]:
     """Everything that the config asks for, into `<output>/<name>/`; the leaderboard's rows.
 

@@ -41,7 +41,7 @@ def make_zoo(
     config: LearnConfig,
     data: LearningData,
     *,
-    root: Path,
+    root: Path = Path(),
     device: torch.device | str = "cpu",
     fresh: bool = False,
     progress: bool = True,

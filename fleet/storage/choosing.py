@@ -60,6 +60,8 @@ class _Aim:
         decoded = encoding.decode(parts, settings, self.parent)
         left = delta_of(decoded, self.value)
         error = float(torch.linalg.vector_norm(left, dtype=torch.float64))
+        if not _stays_positive(self.value, decoded):
+            error = math.inf
         return Choice(name, parts, settings, encoding.nbytes(parts), error)
 
     def squared_rest(self, rounding: float) -> float:
@@ -80,9 +82,10 @@ def choose(
 
     `size` is ‖w − base‖, which the error is relative to; without it the difference to the parent
     is taken. Tensors that are not finite floats of the parent's shape and dtype are exact, and
-    with tolerance 0 all are. `plain` is always allowed. `unified` is the merged vector of the
-    parent's node, for `emr`; its bytes are the node's. Of equal bytes the first in the registry's
-    order is taken. Raises FleetError for a negative tolerance or an unknown encoding.
+    with tolerance 0 all are. Where all values are positive, so are all that decode. `plain` is
+    always allowed. `unified` is the merged vector of the parent's node, for `emr`; its bytes are
+    the node's. Of equal bytes the first in the registry's order is taken. Raises FleetError for a
+    negative tolerance or an unknown encoding.
     """
     if not tolerance >= 0:
         raise FleetError(f"the tolerance is {tolerance}, wanted a number of at least 0")
@@ -104,7 +107,7 @@ def choose(
     if not math.isfinite(apart):
         return best
     bound = tolerance * (apart if size is None else size)
-    if apart <= bound:
+    if apart <= bound and _stays_positive(value, parent):
         return Choice(None, error=apart)
     aim = _Aim(value, parent, delta, apart, bound)
     for nbytes, name, given in _of_fixed_size(aim, names, unified):
@@ -120,6 +123,12 @@ def choose(
             if found is not None and found.nbytes < best.nbytes:
                 best = found
     return best
+
+
+def _stays_positive(value: Tensor, decoded: Tensor) -> bool:
+    """Whether a tensor that is positive throughout, such as a running variance, still is: a model
+    takes roots of it."""
+    return not bool((value > 0).all()) or bool((decoded > 0).all())
 
 
 def _of_fixed_size(

@@ -18,36 +18,40 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class AccuracyConfig(Settings):
-    """At most `lost` of the images (a fraction: 0.005 is half a point) may be lost on `split`."""
+    """How much accuracy a variant may lose."""
 
     lost: Fraction = 0.005
+    """The most accuracy that a variant may lose, as a fraction: 0.005 is half a point."""
     split: Literal["fit", "tune", "select"] = "select"
+    """The images that it is measured on."""
 
 
 class DomainConfig(Settings):
-    """The variants of a domain, and a checkpoint (a soup, say) to take for their mean."""
+    """The variants of a domain, and what is taken for their mean."""
 
     variants: list[str]
+    """Their names."""
     checkpoint: Path | None = None
+    """A checkpoint (a soup, say) that is taken for the domain instead of their mean."""
 
 
 class HowToStore(Settings):
-    """How closely tensors are kept, and in which encodings.
-
-    One of: `tolerance`, ‖ŵ − w‖ relative to ‖w − base‖ of each tensor; `exact`, bit for bit;
-    `accuracy`, for which the widest tolerance that keeps it is searched. `encodings` are those
-    that may be taken (default: all; `plain` always). `memory_budget` bounds the tensors that are
-    held at a time. Of the levels some may be left out, to see what each contributes: without
-    `general` tensors that equal the base's are stored too, without `domain` there are no nodes,
-    without `task` every changed tensor is plain.
-    """
+    """How closely tensors are kept: by one of `tolerance`, `exact` and `accuracy`."""
 
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The largest ‖ŵ − w‖ of each tensor, relative to ‖w − base‖."""
     exact: bool = False
+    """Keep every bit."""
     accuracy: AccuracyConfig | None = None
+    """Take the widest tolerance that keeps the accuracy; measured on `data`."""
     encodings: list[EncodingName] | None = None
+    """Those that may be taken, and `plain`; without it all."""
     memory_budget: ByteSize = ByteSize(1 << 30)
+    """Bounds the bytes of the tensors that are held at a time."""
     leave_out: list[Level] = []
+    """Levels to do without, to see what each contributes: without `general` tensors that equal the
+    base's are stored too, without `domain` there are no nodes, without `task` every changed tensor
+    is plain."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> HowToStore:
@@ -61,19 +65,20 @@ class HowToStore(Settings):
 
 
 class BuildConfig(HowToStore):
-    """A base and its variants, to be put into one store.
-
-    `variants` is a folder of checkpoints and folders of adapters, LoRA or bottlenecks (one that is
-    called `base` is none), a list of paths, or names with paths. `domains`: `auto` finds a tree of
-    them, a number cuts it into so many, names with variants give them, `none` has none. `model` and
-    `data` are kept with the base for those who serve it; `accuracy` is measured on them.
-    """
+    """A base and its variants, to be put into one store."""
 
     base: str
+    """The checkpoint that the variants were fine-tuned from."""
     variants: Path | list[Path] | dict[str, Path]
+    """A folder of checkpoints and folders of adapters, LoRA or bottlenecks (one that is called
+    `base` is none), a list of paths, or names with paths."""
     domains: Literal["auto", "none"] | PositiveInt | dict[str, list[str] | DomainConfig] = "auto"
+    """`auto` finds a tree of them, a number cuts it into so many, names with variants give them,
+    `none` has none."""
     model: ModelConfig | None = None
+    """What the checkpoints are of; kept with the base for those who serve it."""
     data: DataConfig | None = None
+    """Images to measure accuracies on; their size and normalisation are kept with the base."""
 
     @model_validator(mode="after")
     def _data_for_accuracy(self) -> BuildConfig:

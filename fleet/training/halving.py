@@ -16,16 +16,16 @@ from inputs.config import Settings
 
 
 class Halving(Settings):
-    """Successive halving across models: at epochs first_epochs · factor^r the worst leave.
-
-    Of those judged at a rung the best 1/`factor` go on. `at_once` is how many are trained at a
-    time, the place of one that leaves being given to a new one; without it as many as the memory
-    budget allows.
-    """
+    """Successive halving across models: at epochs first_epochs · factor^r the worst leave."""
 
     first_epochs: PositiveInt = 1
+    """The epoch of the first rung."""
     factor: Annotated[int, Field(ge=2)] = 3
+    """Of those judged at a rung so far the best 1/factor go on; rungs are so many times as late,
+    one after another."""
     at_once: PositiveInt | None = None
+    """How many are trained at a time, the place of one that leaves being given to a new one;
+    without it as many as the memory budget allows."""
 
 
 class Rungs:

@@ -81,51 +81,66 @@ LayerRange = Annotated[tuple[NonNegativeInt, NonNegativeInt], BeforeValidator(_c
 
 
 class ModelEntry(Settings):
-    """A checkpoint (a local path, an id of the Hub, `base+adapter`) and its parameters."""
+    """A checkpoint and its parameters."""
 
     model: str
+    """A local path, an id of the Hub, or `base+adapter`."""
     parameters: Parameters = {}
+    """Settings of the method for this model."""
 
 
 class SliceSource(Settings):
-    """The layers [first, last) of a checkpoint; `layer_range` counts from 0."""
+    """The layers [first, last) of a checkpoint."""
 
     model: str
+    """A checkpoint, as in `models`."""
     layer_range: LayerRange
+    """[first, last): counted from 0, the last one not included."""
     parameters: Parameters = {}
+    """Settings of the method for this source."""
 
 
 class OutputSlice(Settings):
     """A run of layers of the result, merged from as many layers of each source."""
 
     sources: list[SliceSource] = Field(min_length=1)
+    """The layers that are merged; of each source equally many."""
     base_model: str | None = None
+    """The base of this slice; without it that of the config."""
     parameters: Parameters = {}
+    """Settings of the method for this slice."""
     residual_weight: _unsupported("mergekit does not use it either; take it out") = None  # type: ignore[valid-type]
+    """A key of mergekit's that mergekit does not use either."""
 
 
 class MethodRule(Settings):
     """Another merge method, and parameters, for the tensors whose names match the glob."""
 
     match: str
+    """A glob of tensor names, as the result has them; the first rule that matches counts."""
     merge_method: str
+    """The method for these tensors."""
     parameters: Parameters = {}
+    """Its settings, stronger than all others."""
 
 
 class AlignConfig(Settings):
-    """Permutation of the models' units to those of a reference, before they are merged.
-
-    `model` is what the checkpoints are of; `image` is [channels, height, width] of what it sees,
-    which `data` says otherwise. `recalibrate` estimates norm buffers again on *fit* of `data`.
-    """
+    """Permutation of the models' units to those of a reference, before they are merged."""
 
     model: ModelConfig
+    """What the checkpoints are of."""
     reference: Literal["base", "first"] = "first"
+    """Whose units stay: the base's or the first model's."""
     iterations: PositiveInt = 100
+    """The most rounds of matching, in each of which every group of units is matched once."""
     classes: PositiveInt | None = None
+    """How many classes the model has, where `data` does not say."""
     image: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """[channels, height, width] of what the model sees, where `data` does not say."""
     data: DataConfig | None = None
+    """Images of the model's task."""
     recalibrate: bool = False
+    """Estimate norm buffers again after the merge, on *fit* of `data`."""
 
     @model_validator(mode="after")
     def _knows_its_input(self) -> AlignConfig:
@@ -137,14 +152,21 @@ class AlignConfig(Settings):
 
 
 class StatisticsConfig(Settings):
-    """What `fisher` and `regmean` gather first: over so many examples of a split of `data`."""
+    """What `fisher` and `regmean` gather first, on images."""
 
     model: ModelConfig
+    """What the checkpoints are of."""
     data: DataConfig
+    """Images of the models' task."""
     split: Literal["fit", "tune", "select"] = "fit"
+    """Which of their splits."""
     examples: PositiveInt = 256
+    """How many images."""
     batch_size: PositiveInt = 32
+    """Images that are run at once."""
     labels: Literal["sampled", "true"] = "sampled"
+    """For `fisher`: whether an image's label is drawn from the model's own softmax, or is the true
+    one."""
 
 
 @dataclass(frozen=True)
@@ -187,39 +209,60 @@ class MergeConfig(Settings):
 
     As mergekit has it: parameters of a slice's source or a model are stronger than those of the
     slice, and these than the global ones; those of a rule in `methods` are stronger still. Beyond
-    it: `skip` (or all but `only`) names tensors by globs that are carried unmerged; `methods`
-    gives tensors another method; `coefficients` is a learned soup, whose ingredients `models`
-    lists in order. `memory_budget` bounds the bytes of tensors in flight, torch itself beside it.
+    it are `coefficients`, `methods`, `skip`, `only`, `align`, `statistics`, `seed`, `memory_budget`
+    and `device`.
     """
 
     merge_method: str | None = None
+    """A name of [methods.md](methods.md); not with `coefficients`."""
     base_model: str | None = None
+    """What the models were fine-tuned from, for methods that use a base."""
     models: list[ModelEntry] = []
+    """What is merged."""
     slices: list[OutputSlice] = []
+    """Instead of `models`: runs of layers, one after the other."""
     coefficients: Path | None = None
+    """A learned soup, whose ingredients `models` lists in order."""
     parameters: Parameters = {}
+    """Settings of the method: numbers, lists over the layers, or lists of `{filter: …, value: …}`.
+    """
     methods: list[MethodRule] = []
+    """Other methods for some tensors."""
     skip: list[str] = []
+    """Globs of tensors that are carried unmerged: the base's, or the first model's."""
     only: list[str] = []
+    """Globs of the tensors that are merged; all others are carried. Not with `skip`."""
     dtype: Dtype | None = None
+    """The dtype of the result; without it that which holds all models' exactly. Sums are in float32
+    or wider."""
     out_dtype: Dtype | None = None
+    """The same; stronger than `dtype`."""
     tokenizer_source: str | None = None
+    """Whose tokenizer files are copied: `base`, or one of the models."""
     align: AlignConfig | None = None
+    """Permute units before merging."""
     statistics: StatisticsConfig | None = None
+    """What methods with data are given."""
     seed: NonNegativeInt = 0
+    """What methods with random numbers draw."""
     memory_budget: ByteSize = ByteSize(512 * 2**20)
+    """Bounds the bytes of tensors in flight, torch itself beside it."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """Where tensors are merged; `auto` is the GPU where there is one."""
     tokenizer: _unsupported(  # type: ignore[valid-type]
         "embeddings are not rearranged for another vocabulary; merge models that share one, and "
         "say which model's tokenizer is copied with tokenizer_source"
     ) = None
+    """A key of mergekit's: embeddings are not rearranged for another vocabulary."""
     chat_template: _unsupported(  # type: ignore[valid-type]
         "tokenizer files are copied as they are; take it out, and edit the copy"
     ) = None
+    """A key of mergekit's: tokenizer files are copied as they are."""
     modules: _unsupported(  # type: ignore[valid-type]
         "tensors are matched by name, whatever the module; use models, with methods for other "
         "settings by name"
     ) = None
+    """A key of mergekit's: tensors are matched by name, whatever the module."""
 
     @model_validator(mode="wrap")
     @classmethod

@@ -89,14 +89,10 @@ def _sentences(task: Task, soups: Sequence[Line], tied: Sequence[Line] | None) -
         yield f"Keep {name}: its {accuracy} is the highest accuracy of all soups."
     elif not known:
         yield f"{name} has the highest accuracy of the soups, {accuracy}."
-    elif low > 0:
-        others = f", or one of the {len(tied)} tied with it" if tied else ""
-        yield f"Use {name}{others}: {accuracy}, {gain} points over {baseline}."
     else:
-        yield (
-            f"It matters little here: no soup is surely better than {baseline}. The best, {name} "
-            f"({accuracy}), gains {gain} points, which may be nothing."
-        )
+        others = f", or one of the {len(tied)} tied with it" if tied else ""
+        surely = "." if low > 0 else ", which may be nothing: it matters little here."
+        yield f"Use {name}{others}: {accuracy}, {gain} points over {baseline}{surely}"
     images = f"{count:,} report images" if count else "these report images"
     if tied:
         quickest = min([*tied, best], key=lambda line: line.get("seconds", math.inf))

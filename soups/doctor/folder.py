@@ -22,6 +22,8 @@ from soups.ingredients import ingredient_names
 # Of the weights of most checkpoints, another must have so many to be compared with them.
 COMPARABLE = 0.5
 STATISTICS = ("running_mean", "running_var")
+COUNTER = "num_batches_tracked"
+BASE = "base"
 
 
 @dataclass
@@ -77,7 +79,7 @@ def open_folder(path: Path, opened: ExitStack, *, memory_budget: int) -> Folder:
         try:
             checkpoint = open_checkpoint(entry, memory_budget=memory_budget)
         except MergeError as error:
-            remedy = "take it out of the folder, or get it again"
+            remedy = "take it out of the folder if it cannot be had again"
             folder.find("unreadable", "wrong", [name], f"cannot be opened: {error}", remedy)
             continue
         opened.callback(checkpoint.close)
@@ -118,13 +120,21 @@ def check_contents(folder: Folder, scans: Sequence[Scan]) -> None:
         same.setdefault(tuple(sorted(scan.digests.values())), []).append(name)
     for names in same.values():
         if len(names) > 1:
+            names.sort(key=lambda name: name != BASE)  # a base is the one to keep
+            trained = "never trained, or " if BASE in names else ""
             folder.find(
                 "duplicate",
                 "odd",
                 names,
-                "hold the same tensors, bit for bit",
-                "keep one: twice in a soup, it weighs double",
+                f"hold the same tensors, bit for bit: {trained}saved twice",
+                f"keep {names[0]} alone: twice in a soup, it weighs double",
             )
+
+
+def trained_steps(checkpoint: Checkpoint) -> int | None:
+    """How many steps its norm layers have counted; None where it has none that count."""
+    counters = [name for name in checkpoint.tensors if name.endswith(COUNTER)]
+    return max(int(checkpoint.read(name)) for name in counters) if counters else None
 
 
 def duplicates_of(folder: Folder) -> set[str]:
@@ -169,7 +179,7 @@ def _find_difference(folder: Folder, name: str, own: Shapes, most: Shapes) -> No
     missing, extra = sorted(most.keys() - own.keys()), sorted(own.keys() - most.keys())
     other = [tensor for tensor in most if tensor in own and own[tensor] != most[tensor]]
     if other and not missing and not extra and _is_head(other, own, most):
-        tensor = other[0]
+        tensor = max(other, key=lambda name: len(most[name]))
         folder.find(
             "head",
             "wrong",

@@ -93,10 +93,12 @@ class Uniform(Scoring):
 
 class Greedy(Scoring):
     """Greedy soup (2203.05482, recipe 1): ingredients in order of accuracy on *select*, each kept
-    if accuracy on *select* does not fall (`ge`, as published) or rises (`gt`)."""
+    if it does no harm."""
 
     type: Literal["greedy"] = "greedy"
     accept: Literal["gt", "ge"] = "ge"
+    """An ingredient is kept if accuracy on *select* does not fall (`ge`, as published), or rises
+    (`gt`)."""
 
     def effort(self, ingredients: int, select: int) -> Effort:
         # Some are scored ahead for nothing.
@@ -106,13 +108,16 @@ class Greedy(Scoring):
 
 
 class WiseFT(Scoring):
-    """WiSE-FT (2109.01903): the line from the base to a soup; the best `alpha` on *select* wins."""
+    """WiSE-FT (2109.01903): the line from the base to a soup; the best position on *select* wins,
+    of equals the one nearer to the soup."""
 
     type: Literal["wise_ft"] = "wise_ft"
     soup: Literal["uniform", "greedy"] = "uniform"
+    """Where the line ends: at the mean of all ingredients, or of greedy's."""
     alphas: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = [
         i / 10 for i in range(11)
     ]
+    """The positions that are tried: 0 is the base, 1 the soup."""
 
     def effort(self, ingredients: int, select: int) -> Effort:
         soup = Greedy().effort(ingredients, select) if self.soup == "greedy" else Effort()
@@ -121,19 +126,25 @@ class WiseFT(Scoring):
 
 
 class Descent(Settings):
-    """What learners by gradient descent on *select* share."""
+    """It is learned by gradient descent on *select*."""
 
     batch_size: PositiveInt = 128
+    """Images of *select* in a step."""
     label_smoothing: Fraction = 0.0
+    """The part of each target that is spread evenly over the classes."""
     clip_norm: PositiveFloat | None = None
+    """A gradient in the coefficients with a larger L2 norm is scaled down to it."""
 
 
 class LearnedSettings(Descent):
     """Softmax over ingredients and a logit temperature, by AdamW."""
 
     lr: PositiveFloat = 0.05
+    """AdamW's, the same in every step."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, on the softmax's logits and the log of the temperature."""
     epochs: PositiveInt = 5
+    """Passes over *select*."""
 
 
 class Learned(LearnedSettings):
@@ -147,24 +158,31 @@ class LearnedLayerwise(LearnedSettings):
 
     type: Literal["learned_layerwise"] = "learned_layerwise"
     groups: Grouping | ByteSize = "tensor"
+    """Which tensors share a coefficient: all (`model`), those below one numbered module (`block`),
+    those of one module (`layer`), none (`tensor`), or neighbours up to so many bytes."""
 
 
 class MehlSettings(Descent):
-    """Block-coordinate descent on the hyperplane of the ingredients (2407.03641).
-
-    `block_size` is chosen by the memory budget where it is not given. `precision` is how the rows
-    of a block are held, so that more of them fit; the soup is cooked from the originals all the
-    same, and the run says what was lost.
-    """
+    """Block-coordinate descent on the hyperplane of the ingredients (2407.03641)."""
 
     lr: PositiveFloat = 0.01
+    """AdamW's after the warm-up."""
     init: Literal["mean_all", "first_block"] = "mean_all"
+    """Where descent begins: at the mean of all ingredients, or of the first block."""
     rows: Literal["relative", "unit"] = "relative"
+    """What descent counts a step in: an ingredient's distance from the centre (`relative`), or the
+    same length for all (`unit`)."""
     block_size: PositiveInt | None = None
+    """How many ingredients are held at a time; without it as many as the memory budget allows."""
     precision: Precision = "fp32"
+    """How the rows of a block are held, so that more of them fit; the soup is cooked from the
+    originals all the same, and the run says what was lost."""
     inner_epochs: PositiveInt = 5
+    """Passes over *select* with each block."""
     outer_epochs: PositiveInt = 1
+    """Passes over the ingredients, each in a new order."""
     warmup: Fraction = 0.2
+    """The fraction of a block's steps in which lr rises linearly; it falls as half a cosine."""
 
 
 class Mehl(MehlSettings):
@@ -178,49 +196,58 @@ class MehlLayerwise(MehlSettings):
 
     type: Literal["mehl_layerwise"] = "mehl_layerwise"
     groups: Grouping | ByteSize = "tensor"
+    """Which tensors share a coefficient: all (`model`), those below one numbered module (`block`),
+    those of one module (`layer`), none (`tensor`), or neighbours up to so many bytes."""
 
 
 class CrossFittedSettings(Settings):
-    """What learners that try themselves on `folds` of *select* share.
+    """It tries itself on `folds` of *select*, and gives way to greedy unless it passes the `gate`.
 
-    `gate`: greedy stays unless the best trial's loss out of fold (after a temperature), or its
-    accuracy (`gate_by`), is better by more than so many paired standard errors. By loss, 0 takes
-    the trial with the lowest, greedy's among them. The trial was chosen on the same images, so its
-    numbers out of fold are a little too good.
-    `bounds` is the box that every coefficient stays in.
+    What passes was chosen on the same images, so its numbers out of fold are a little too good.
     """
 
     groups: Grouping | ByteSize = "layer"
+    """Which tensors share a coefficient: all (`model`), those below one numbered module (`block`),
+    those of one module (`layer`), none (`tensor`), or neighbours up to so many bytes."""
     folds: Annotated[int, Field(ge=2)] = 5
+    """Parts of *select*; what is learned without one of them is judged on it."""
     gate: NonNegativeFloat = 0.0
+    """Greedy stays unless the best trial is better out of fold by more than so many paired standard
+    errors. By loss, 0 takes the trial with the lowest, greedy's among them."""
     gate_by: Literal["loss", "accuracy"] = "loss"
+    """What is compared: the loss after a temperature, or the accuracy."""
     bounds: tuple[float, float] = (-0.5, 1.5)
+    """The box that every coefficient stays in; it must hold 0 and 1."""
 
     _box = field_validator("bounds")(around_the_ingredients)
 
 
 class Pooled(CrossFittedSettings, Descent):
-    """Few numbers for each ingredient, cross-fitted, and greedy where they do not help.
-
-    The coefficients begin from one of `starts`. Each of `levels` is tried with each of the
-    `penalties` in turn, `steps` for each: `ingredient` has one number for each ingredient, `depth`
-    two more for how it goes on with depth, `group` one more for each group. `flip` and `shift`
-    (pixels) augment *select*; `temperature`: whether the logits' scale is learned along; `refit`:
-    whether the answer is learned on all of *select*, and not the mean of what the folds learned.
-    """
+    """Few numbers for each ingredient, cross-fitted, and greedy where they do not help."""
 
     type: Literal["pooled"] = "pooled"
     batch_size: PositiveInt = 64
     lr: PositiveFloat = 0.02
+    """Adam's; after five steps of warm-up it stays, and falls over the second half of the steps."""
     starts: Annotated[list[Start], Field(min_length=1)] = ["uniform"]
+    """Where the coefficients begin: the one of these soups with the lower loss out of fold."""
     levels: Annotated[list[Level], Field(min_length=1)] = ["depth"]
+    """What is learned, each of them tried: one number for each ingredient (`ingredient`), two more
+    for how it goes on with depth (`depth`), one more for each group (`group`)."""
     penalties: Annotated[list[NonNegativeFloat], Field(min_length=1)] = [1000.0, 300.0, 100.0]
+    """λ, how strongly coefficients are held at their start; tried from the largest down."""
     steps: Annotated[int, Field(ge=2)] = 30
+    """Steps with each of the penalties."""
     temperature: bool = True
+    """Learn the logits' scale along."""
     flip: bool = False
+    """Mirror each image of *select* left to right with probability ½."""
     shift: NonNegativeInt = 0
+    """Move each image by up to so many pixels each way."""
     refit: bool = False
+    """Learn the answer on all of *select*; else it is the mean of what the folds learned."""
     block_size: PositiveInt | None = None
+    """How many ingredients are held at a time; without it as many as the memory budget allows."""
 
     @field_validator("penalties")
     @classmethod
@@ -229,33 +256,38 @@ class Pooled(CrossFittedSettings, Descent):
 
 
 class PooledNewton(CrossFittedSettings):
-    """The numbers of `pooled` by Gauss–Newton steps, their penalty by evidence, with intervals.
-
-    `level` as in `pooled`; each of `linearisations` is a pass over *select* for the derivatives of
-    the logits, at the cost of one forward for each ingredient and a backward for each class.
-    """
+    """The numbers of `pooled` by Gauss–Newton steps, their penalty by evidence, with intervals."""
 
     type: Literal["pooled_newton"] = "pooled_newton"
     level: Level = "depth"
+    """What is learned, as in `levels` of `pooled`."""
     linearisations: PositiveInt = 1
+    """Steps, each a pass over *select* for the derivatives of the logits, at the cost of one
+    forward for each ingredient and a backward for each class."""
     block_size: PositiveInt | None = None
+    """The derivatives of how many ingredients are computed at a time; without it as many as the
+    memory budget allows."""
 
 
 class GreedyFull(Scoring):
     """Selection over all ingredients at each step, forward and backward, chosen by cross-fitting.
 
-    Walks of single additions and removals are found on all folds of *select* but one, `patience`
-    moves past their best; which walk, and how many of its moves, is decided on the folds that were
-    left out. `rule: one_se` takes the fewest moves within one standard error of the best. With
-    `replacement` an ingredient may be added again, so it weighs more.
+    Walks of single additions and removals are found on all folds of *select* but one; which walk,
+    and how many of its moves, is decided on the folds that were left out.
     """
 
     type: Literal["greedy_full"] = "greedy_full"
     metric: Literal["accuracy", "loss"] = "accuracy"
+    """What makes one soup better than another; the other of the two decides between equals."""
     folds: Annotated[int, Field(ge=2)] = 5
+    """Parts of *select* for the cross-fitting."""
     rule: Literal["best", "one_se"] = "one_se"
+    """`best` takes what is best out of fold, `one_se` the fewest moves of that walk that are within
+    one standard error of it, and no worse than greedy."""
     replacement: bool = False
+    """An ingredient may be added again, so that it weighs more."""
     patience: PositiveInt = 3
+    """A walk ends after so many moves without a better soup."""
 
     def effort(self, ingredients: int, select: int) -> Effort:
         # Two walks for each fold and one for all, of three moves and those that found nothing more,
@@ -270,17 +302,18 @@ class GreedyFull(Scoring):
 
 
 class Search(Scoring):
-    """What learners that only score candidates share.
-
-    They make `metric` best on *select* (of equals, the one with the lower loss), from `start`, on
-    the hyperplane of coefficients that sum to one. `images`: how many of *select* a generation or
-    step sees; what is returned is chosen on all of it and never worse than `start`.
-    """
+    """It only scores candidates, on the hyperplane of coefficients that sum to one."""
 
     groups: Grouping | ByteSize = "model"
+    """Which tensors share a coefficient: all (`model`), those below one numbered module (`block`),
+    those of one module (`layer`), none (`tensor`), or neighbours up to so many bytes."""
     metric: Metric = "loss"
+    """What is made best on *select*; of equals, the soup with the lower loss."""
     start: Literal["uniform", "greedy"] = "uniform"
+    """Where the search begins: at the mean of all ingredients, or of greedy's."""
     images: PositiveInt | None = None
+    """How many images of *select*, drawn anew, a generation or step sees; without it all. What is
+    returned is chosen on all of it, and never worse than the start."""
 
     def passes(self, ingredients: int, select: int, count: int, population: int) -> Effort:
         """The start, so many populations, and the finalists on all of *select*."""
@@ -296,25 +329,27 @@ class Search(Scoring):
 
 
 class BoundedSearch(Search):
-    """A search among coefficients within `bounds`."""
+    """Its coefficients stay within `bounds`."""
 
     bounds: tuple[float, float] = (-0.5, 1.5)
+    """The box that every coefficient stays in; it must hold 0 and 1."""
 
     _box = field_validator("bounds")(around_the_ingredients)
 
 
 class RandomSearch(Search):
-    """Random soups, from sparse to dense, and random steps from the best one so far.
-
-    Weights are Dirichlet with a concentration drawn on a log scale from `concentration`; a `local`
-    share of each population lies on lines from the best so far to such soups.
-    """
+    """Random soups, from sparse to dense, and random steps from the best one so far."""
 
     type: Literal["random_search"] = "random_search"
     evaluations: PositiveInt = 1000
+    """How many candidates are scored, rounded up to whole populations."""
     population: PositiveInt = 32
+    """Candidates in one pass."""
     concentration: tuple[PositiveFloat, PositiveFloat] = (0.05, 20.0)
+    """[low, high]: a soup's weights are Dirichlet with a concentration drawn between these on a log
+    scale; a low one makes few ingredients count."""
     local: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The part of each population that lies on lines from the best so far to such soups."""
 
     @field_validator("concentration")
     @classmethod
@@ -329,19 +364,21 @@ class RandomSearch(Search):
 
 
 class CmaEs(BoundedSearch):
-    """CMA-ES (1604.00772); its diagonal form where the coefficients are many.
-
-    `sigma` is the distance of the first candidates from the start, in each group; 1 is that of an
-    ingredient from nothing. Stops early once no coefficient differs by `tolerance` within a
-    population.
-    """
+    """CMA-ES (1604.00772); its diagonal form where the coefficients are many."""
 
     type: Literal["cmaes"] = "cmaes"
     evaluations: PositiveInt = 1000
+    """The most candidates that are scored, rounded up to whole populations."""
     population: Annotated[int, Field(ge=4)] = 24
+    """Candidates in one pass."""
     sigma: PositiveFloat = 0.3
+    """The distance of the first candidates from the start, in each group; 1 is that of an
+    ingredient from nothing."""
     covariance: Literal["auto", "full", "diagonal"] = "auto"
+    """A full matrix, its diagonal alone, or the diagonal where there are more than 100 coefficients
+    (`auto`)."""
     tolerance: NonNegativeFloat = 1e-3
+    """Stop once no coefficient differs by so much within a population."""
 
     def effort(self, ingredients: int, select: int) -> Effort:
         count = -(-self.evaluations // self.population)
@@ -351,17 +388,21 @@ class CmaEs(BoundedSearch):
 class ZerothOrder(BoundedSearch):
     """Descent along two-point differences in random directions (SPSA; MeZO, 2305.17333).
 
-    All candidates of a step, two for each direction, at distance `epsilon` in each group, are one
-    pass. Directions of a step are orthogonal, as far as there are so many.
+    All candidates of a step are one pass.
     """
 
     type: Literal["zeroth_order"] = "zeroth_order"
     images: PositiveInt | None = 128
     steps: PositiveInt = 60
+    """How many."""
     directions: PositiveInt = 16
+    """Directions of a step, with two candidates each; orthogonal, as far as there are so many."""
     epsilon: PositiveFloat = 0.1
+    """The distance of candidates from where the step begins, in each group."""
     lr: PositiveFloat = 0.02
+    """That of the first step; it falls to 0 as half a cosine."""
     optimizer: Literal["adam", "sgd"] = "adam"
+    """What turns the differences into a step."""
 
     def effort(self, ingredients: int, select: int) -> Effort:
         return self.passes(ingredients, select, self.steps, 2 * self.directions)

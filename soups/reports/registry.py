@@ -32,42 +32,44 @@ PointName = Annotated[str, BeforeValidator(_quoted)]
 class LeaveOneOut(Settings):
     """What taking one ingredient out of a learner's soup changes.
 
-    `of` is the learner's row. In each group the ingredient's coefficient is given to the others in
-    proportion to the size of theirs: a mean stays a mean, of one less.
+    In each group the ingredient's coefficient is given to the others in proportion to the size of
+    theirs: a mean stays a mean, of one less.
     """
 
     type: Literal["leave_one_out"] = "leave_one_out"
     of: PointName = "uniform"
+    """The learner's row."""
 
 
 class Shapley(Settings):
     """Each ingredient's part in what the uniform soup of all gains over the empty soup.
 
-    The mean over orders of joining of what an ingredient changes as it joins: exact where all
-    subsets are no more than the soups of so many `permutations`, else over random ones in pairs,
-    each with its reverse (2104.12199). `empty`: the base where it is known, or the constant
-    prediction of the classes' shares of *select* (`chance`). An order ends early where the
-    accuracy of its soup is within `truncate` of that of all (1904.02868); those who are left share
-    what is left evenly, so that the values always sum to the gain. 0: no order does.
+    The mean over orders of joining of what an ingredient changes as it joins. The values always sum
+    to the gain.
     """
 
     type: Literal["shapley"] = "shapley"
     permutations: Annotated[int, Field(ge=4, multiple_of=2)] = 64
+    """Random orders of joining, half of them the reverse of the other half (2104.12199); where
+    their soups would be no fewer than all subsets, these are taken, and the values are exact."""
     empty: Literal["base", "chance"] | None = None
+    """The empty soup: the base, or the constant prediction of the classes' shares of *select*
+    (`chance`); without it the base where it is known."""
     truncate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """An order ends where the accuracy of its soup is within this (a fraction) of that of all
+    (1904.02868); those who are left share what is left evenly. 0: none ends early."""
 
 
 class Line(Settings):
-    """Loss and accuracy along straight lines from one point of weight space to another.
-
-    `points` positions from end to end, and on with the same step up to `margin` of the length
-    beyond both.
-    """
+    """Loss and accuracy along straight lines from one point of weight space to another."""
 
     type: Literal["line"] = "line"
     between: Annotated[list[tuple[PointName, PointName]], Field(min_length=1)]
+    """Pairs of points; a point is a learner's row, an ingredient, or `base`."""
     points: Annotated[int, Field(ge=2)] = 21
+    """Positions on each line, both ends included."""
     margin: Margin = 0.25
+    """How far beyond both ends the line goes on, as a part of its length."""
 
     @field_validator("between")
     @classmethod
@@ -79,16 +81,15 @@ class Line(Settings):
 
 
 class Plane(Settings):
-    """Loss and accuracy on a grid over the plane through three points of weight space.
-
-    The grid has `resolution` positions each way and reaches `margin` of the three points' extent
-    beyond them.
-    """
+    """Loss and accuracy on a grid over the plane through three points of weight space."""
 
     type: Literal["plane"] = "plane"
     through: tuple[PointName, PointName, PointName]
+    """Three points: a learner's row, an ingredient, or `base`."""
     resolution: Annotated[int, Field(ge=2)] = 25
+    """Positions of the grid each way."""
     margin: Margin = 0.25
+    """How far the grid reaches beyond the three points, as a part of their extent."""
 
     @field_validator("through")
     @classmethod
@@ -103,12 +104,14 @@ class Subsets(Settings):
 
     The best single, uniform and greedy soups of the best 1, 2, … ingredients and of all but the
     best 1, 2, …, ordered and selected on *select* (the figures of 2203.05482 and 2407.03641), and
-    the uniform soups along `orders` random orders. `accept` is greedy's.
+    the uniform soups along random orders.
     """
 
     type: Literal["subsets"] = "subsets"
     orders: NonNegativeInt = 8
+    """Random orders in which the uniform soup grows."""
     accept: Literal["gt", "ge"] = "ge"
+    """Greedy's: an ingredient is kept if accuracy does not fall (`ge`), or rises (`gt`)."""
 
 
 class Deltas(Settings):

@@ -84,13 +84,14 @@ def plan_sweep(read: ConfigTree) -> Sweep:
         [(axis, label, settings_of(overrides)) for label, overrides in labels.items()]
         for axis, labels in settings.axes.items()
     ]
+    run = read.with_values({}, without=("sweep",))
     cells: list[Cell] = []
     places: dict[tuple[str, Path], list[Mapping[str, str]]] = {}
     wrong: dict[tuple[str, str], list[Mapping[str, str]]] = {}
     for chosen in itertools.product(*values):
         labels = {axis: label for axis, label, _ in chosen}
         overrides = {key: value for _, _, own in chosen for key, value in own.items()}
-        config, found_here = read.with_values(overrides, without=("sweep",)).check(LearnConfig)
+        config, found_here = run.with_values(overrides).check(LearnConfig)
         for problem in found_here.items():
             wrong.setdefault(problem, []).append(labels)
         if config is None:

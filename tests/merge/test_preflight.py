@@ -117,6 +117,14 @@ def test_missing_and_extra_names(tmp_path: Path) -> None:
     assert "skip: ['stem.*']" in extra
 
 
+def test_the_remedy_for_extra_names_leaves_what_the_model_has(tmp_path: Path) -> None:
+    """As in CLIP's files: `tower.*` would be all of the model."""
+    wanted = {f"tower.{name}": tensor for name, tensor in model(0).items()}
+    models = [wanted | {"tower.scale": torch.ones(2), "old.weight": torch.ones(2)}] * 2
+    problem = only(inspect(opened(tmp_path, models), expected=expected_of(wanted)).problems)
+    assert problem.endswith("skip: ['old.*', 'tower.scale']")
+
+
 def test_files_with_the_same_trouble_share_one_message(tmp_path: Path) -> None:
     models = [model(k) for k in range(6)]
     for tensors in models:

@@ -125,6 +125,21 @@ def test_the_error_is_relative_to_the_difference_to_the_base():
     assert choose(value, node, 0.07, size=size).encoding == "sign"
 
 
+@pytest.mark.parametrize("allowed", [*ENCODINGS, None])
+def test_a_running_variance_stays_positive(allowed):
+    """In few bits small variances would come back as zero and less, and their model say NaN."""
+    parent = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.01
+    value = parent.clone()
+    value[:56] *= 0.01
+    value[56:] *= 30
+    names = [*ENCODINGS] if allowed is None else [allowed]
+    delta = value - parent
+    for tolerance in (0.9, 0.6, 0.3, 0.1):
+        found = choose(value, parent, tolerance, allowed=names, unified=delta)
+        assert bool((decoded(found, parent) > 0).all())
+        assert found.error <= tolerance * float(delta.norm())
+
+
 def test_emr_is_chosen_where_a_node_has_a_vector_that_fits():
     parent = normal(64, 64)
     shared = 0.01 * normal(64, 64, seed=1)

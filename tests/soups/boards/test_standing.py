@@ -59,8 +59,10 @@ def test_a_gain_that_may_be_nothing(write_run: WriteRun):
         write_run, mehl=range(20), greedy=range(4, 26), best_single=range(10, 34)
     )
     assert sentences[0].startswith(
-        "It matters little here: no soup is surely better than best_single. The best, mehl (95.00% "
-        "on report), gains +1.00"
+        "Use mehl, or one of the 2 tied with it: 95.00% on report, +1.00 ["
+    )
+    assert sentences[0].endswith(
+        "] points over best_single, which may be nothing: it matters little here."
     )
     assert "greedy and best_single are tied with mehl" in sentences[1]
     assert "four times in five, would take about " in sentences[2]
