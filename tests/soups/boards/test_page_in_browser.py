@@ -166,6 +166,15 @@ def test_the_images_are_drawn(page: Page):
     assert page.locator(".images canvas").count() > 0
 
 
+def test_a_long_name_of_a_class_leaves_its_percentage_in_sight(page: Page):
+    tile = page.locator(".images li").first
+    tile.locator(".guess span").first.evaluate("span => { span.textContent = 'm'.repeat(60) }")
+    right = tile.evaluate("tile => tile.getBoundingClientRect().right")
+    small = tile.locator(".guess small").first
+    assert (small.text_content() or "").endswith("%")
+    assert small.evaluate("small => small.getBoundingClientRect().right") <= right
+
+
 def test_more_images_on_demand(page: Page):
     gallery = page.locator(".gallery").first
     assert gallery.locator("li").count() == 24
