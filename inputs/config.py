@@ -10,7 +10,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -239,17 +239,19 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 class ConfigTree:
     """A config file with overrides on top, not yet checked against a schema.
 
-    `given` maps a key to the override that set it; `problems` says which overrides cannot be read.
+    `given` maps a key to the override that set it, and `made` each part of such a key that the file
+    does not have; `problems` says which overrides cannot be read.
     """
 
     file: Path
     tree: DictConfig
     given: dict[str, str]
     problems: tuple[str, ...]
+    made: dict[str, str] = field(default_factory=dict)
 
     def where(self, key: str) -> str:
         """What a value comes from: an override, or the file."""
-        for name, override in reversed(self.given.items()):
+        for name, override in (*reversed(self.given.items()), *reversed(self.made.items())):
             if f"{key}.".startswith(f"{name}."):
                 return f"override {override!r}"
         return str(self.file)
@@ -295,19 +297,28 @@ def read_config(path: str | Path, overrides: Sequence[str]) -> ConfigTree:
     tree = _read_yaml(file)
     problems: list[str] = []
     given: dict[str, str] = {}
+    made: dict[str, str] = {}
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip("."):
             problems.append(f"override {override!r}: wanted key=value")
             continue
+        parts = key.split(".")
+        above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
         try:
+            new = [part for part in above if _is_absent(tree, part)]
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
             OmegaConf.update(tree, key, value, merge=False, force_add=True)
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
             problems.append(f"override {override!r}: {_one_line(error)}")
         else:
             given[key] = override
-    return ConfigTree(file, tree, given, tuple(problems))
+            made |= dict.fromkeys(new, override)
+    return ConfigTree(file, tree, given, tuple(problems), made)
+
+
+def _is_absent(tree: DictConfig, key: str) -> bool:
+    return OmegaConf.select(tree, key, throw_on_resolution_failure=False) is None
 
 
 def checked(read: ConfigTree, schema: type[SettingsT]) -> SettingsT:

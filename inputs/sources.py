@@ -324,8 +324,10 @@ class _Absent:
         place = Path(self.path)
         siblings = sorted(map(str, place.parent.glob("*"))) if place.parent.is_dir() else []
         close = nearest(place, siblings)
+        guess = close if "did you mean" in close else ""
         raise InputError(
-            f"data.path: no file or folder {self.path!r}{close if 'did you mean' in close else ''}"
+            f"data.path: no file or folder {self.path!r}{guess}; wanted `digits`, a Hub id, or a "
+            "path"
         )
 
 

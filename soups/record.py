@@ -35,8 +35,9 @@ PACKAGES = (
 )
 
 
-def check_writable(folder: str | Path) -> None:
-    """Make the folder if need be and try to write in it; SoupError where that fails."""
+def check_writable(folder: str | Path, *, setting: str = "set `output` to another one") -> None:
+    """Make the folder if need be and try to write in it; SoupError where that fails, which says
+    how to choose another one."""
     folder = Path(folder)
     probe = folder / f".writable.{os.getpid()}"
     try:
@@ -46,7 +47,7 @@ def check_writable(folder: str | Path) -> None:
     except OSError as error:
         raise SoupError(
             f"{folder}: cannot write there ({error.strerror}); wanted a folder for the results: "
-            "change its permissions, or set `output` to another one"
+            f"change its permissions, or {setting}"
         ) from error
 
 

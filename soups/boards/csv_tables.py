@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from soups.csv_lines import check_whole
 from soups.errors import SoupError
 
 AGAIN = "run `python -m soups.learn` again, which writes it"
 
 
 def read_texts(path: Path, *, needed: Sequence[str], may_be_empty: bool = False) -> pd.DataFrame:
-    """The table at `path`, every cell as a text; SoupError where a column, or every row, is not
-    there."""
+    """The table at `path`, every cell as a text; SoupError where a column, every row, or a cell
+    of a line is not there."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
         if not isinstance(table.index, pd.RangeIndex):  # as pandas reads lines that are longer
             raise ValueError("a line has more cells than the header")
+        check_whole(path)
     except ValueError as error:  # also an empty file, one that is not UTF-8, and pandas' own
         said = " ".join(str(error).split())
         raise SoupError(f"{path}: not a table ({said}); {AGAIN}") from error
@@ -27,7 +29,7 @@ def read_texts(path: Path, *, needed: Sequence[str], may_be_empty: bool = False)
         raise SoupError(f"{path}: there is no column {', '.join(missing)}; {AGAIN}")
     if table.empty and not may_be_empty:
         raise SoupError(f"{path}: has no rows; {AGAIN}")
-    return table.fillna("")  # what a line has not that is too short
+    return table
 
 
 def with_numbers(

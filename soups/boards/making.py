@@ -14,6 +14,7 @@ from soups.boards.page import Section, page
 from soups.boards.payload import published, task_payload
 from soups.boards.standing import standing
 from soups.boards.sweeps import sweep_payload, sweep_sentences
+from soups.record import check_writable
 
 PAGE = "leaderboard.html"
 
@@ -30,14 +31,15 @@ def write_boards(folders: Sequence[Path], out: Path, *, quoted: bool) -> Boards:
     """Write one table for each task of the runs in these folders, in four formats, and the page.
 
     The tables are `leaderboard_<task>.csv`, `.md`, `.tex` and `.parquet`; with `quoted` the page
-    has published rows too. Raises SoupError for what is wrong with the folders, before anything
-    is written.
+    has published rows too. Raises SoupError for what is wrong with the folders, and where `out`
+    cannot be written in, before anything is written.
     """
     found = read_folders(folders)
     tasks = join([one for one in found if isinstance(one, RunFolder)])
     sections = [_task_section(task) for task in tasks]
     sections += [_sweep_section(one) for one in found if isinstance(one, SweepFolder)]
     text = page(sections, published=published() if quoted else None)
+    check_writable(out, setting="give another one with --out")
     files = []
     for task, section in zip(tasks, sections, strict=False):
         about = [section.about, *section.sentences]

@@ -82,16 +82,17 @@ class Bins:
         return float(np.nansum(gaps) / self.counts.sum())
 
 
-def reliability(folder: str | Path, learners: Sequence[str] | None = None) -> Figure:
+def reliability(folder: str | Path, learners: str | Sequence[str] | None = None) -> Figure:
     """A reliability diagram (1706.04599) of each row on *report*: accuracy against confidence.
 
     The confidence is the largest probability, without a temperature. `learners` are rows of the
-    leaderboard; without them all, in its order, twelve at most. Reads `examples.npz` and
+    leaderboard, or one; without them all, in its order, twelve at most. Reads `examples.npz` and
     `leaderboard.csv`; raises SoupError where they are not there, or have no such row.
     """
     from soups.examples import FILE, ReportExamples
 
     folder = Path(folder)
+    learners = [learners] if isinstance(learners, str) else learners
     what = "every row's confidence on the images of report"
     path = needed(folder / FILE, what, f"{LEARN} writes it beside the leaderboard")
     examples = ReportExamples.load(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inputs.config import nearest
+from soups.csv_lines import check_whole
 from soups.errors import SoupError
 from soups.reports.tables import Effects
 
@@ -39,6 +40,7 @@ def read_table(path: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
             keep_default_na=False,
             na_values=["", "nan"],
         )
+        check_whole(path)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise SoupError(

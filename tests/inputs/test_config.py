@@ -159,6 +159,10 @@ def test_all_problems_come_at_once(problems):
     assert len(lines) == 8
 
 
+def test_a_part_that_only_an_override_has_is_the_override_s(problems):
+    assert problems(TEXT, "splt.fraction=0.5")[0].startswith("override 'splt.fraction=0.5': splt: ")
+
+
 @pytest.mark.parametrize("override", ["=3", ".=3", "name", ""])
 def test_an_override_that_is_no_assignment(problems, override):
     assert problems(TEXT, override) == [f"override {override!r}: wanted key=value"]

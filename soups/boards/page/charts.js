@@ -123,10 +123,13 @@ function curveChart({ run, title, x, y, percent, lines }, several) {
   const { width, height, left, right, top, bottom } = CHART;
   const xAxis = axisOf(all.map((point) => point[0]), left, width - right, { pad: 0.02 });
   const yAxis = axisOf(all.map((point) => point[1]), height - bottom, top);
-  const marks = scaled.map(({ points }) => svg("path", {
-    class: "curve",
-    d: points.map(([a, b], place) => `${place ? "L" : "M"}${xAxis.at(a).toFixed(1)} ${yAxis.at(b).toFixed(1)}`).join(""),
-  }));
+  // Of a model that was scored once, at its end, there is a point and no line.
+  const marks = scaled.map(({ points }) => (points.length === 1
+    ? svg("circle", { class: "curve end", cx: xAxis.at(points[0][0]), cy: yAxis.at(points[0][1]), r: 4 })
+    : svg("path", {
+      class: "curve",
+      d: points.map(([a, b], place) => `${place ? "L" : "M"}${xAxis.at(a).toFixed(1)} ${yAxis.at(b).toFixed(1)}`).join(""),
+    })));
   const said = (place) => {
     const { name, points } = scaled[place];
     const last = points[points.length - 1];

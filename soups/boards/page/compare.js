@@ -136,7 +136,7 @@ class Comparison {
         "span",
         { class: right ? "guess" : "guess wrong" },
         element("b", { class: side }, side.toUpperCase()),
-        ` ${set.classes[predicted]} `,
+        element("span", {}, ` ${set.classes[predicted]} `),
         element("small", {}, `${row.outcomes.confidence[place]}%`),
       );
     };

@@ -36,6 +36,10 @@ function bytesText(value) {
   return `${value < 10 && unit ? fixed(value, 2) : value < 100 && unit ? fixed(value, 1) : fixed(value, 0)} ${units[unit]}`;
 }
 
+// Three digits, of losses as many below each other as they have; a whole number as it is.
+const numberText = (value) =>
+  (Number.isInteger(value) ? String(value) : value.toPrecision(3)).replace("-", MINUS);
+
 const WRITTEN = {
   text: String,
   share: String,
@@ -45,7 +49,7 @@ const WRITTEN = {
   count: grouped,
   seconds: secondsText,
   bytes: bytesText,
-  number: (value) => (Math.abs(value) >= 100 ? grouped(value) : String(Number(value.toPrecision(3))).replace("-", MINUS)),
+  number: (value) => (Math.abs(value) >= 100 ? grouped(value) : numberText(value)),
 };
 
 const written = (kind, value) =>

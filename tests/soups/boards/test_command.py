@@ -55,6 +55,16 @@ def test_a_mistake_is_one_paragraph_and_writes_nothing(tmp_path: Path, write_run
     assert not out.exists()
 
 
+def test_a_place_that_cannot_be_written(tmp_path: Path, write_run: WriteRun):
+    place = tmp_path / "file"
+    place.write_text("mine")
+    result = leaderboard(write_run(), "--out", place)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {place}: cannot write there")
+    assert "--out" in result.stderr
+    assert place.read_text() == "mine"
+
+
 def test_it_needs_a_folder():
     assert leaderboard().exit_code == 2
 

@@ -107,7 +107,11 @@ def test_a_folder_that_is_given_twice(write_run: WriteRun, tmp_path: Path):
         ("learner,kind,report_accuracy\na,soup,0.5,7\n", "more cells than the header"),
         ("learner,kind,report_accuracy\na,soup,0.5\nb,soup,0.5,7\n", "not a table"),
         ("learner,kind,report_accuracy\na,soup,high\n", "report_accuracy has 'high'"),
-        ("learner,kind,report_accuracy\na,soup,0.5\nb,soup\n", "report_accuracy has ''"),
+        ("learner,kind,report_accuracy\na,soup,0.5\nb,soup,\n", "report_accuracy has ''"),
+        (
+            "learner,kind,report_accuracy,notes\na,soup,0.5,\nb,soup,0.",
+            "line 3 has 3 cells and the header 4",
+        ),
         ("learner,kind,report_accuracy,seconds\na,soup,0.5,soon\n", "seconds has 'soon'"),
         ("learner,kind,report_accuracy\na,soup,96.5\n", "not between 0 and 1"),
         ("learner,kind,report_accuracy\na,soup,0.5\na,soup,0.6\n", "are there twice: a"),

@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from soups.boards.making import write_boards, write_page
 from tests.soups.boards.conftest import WriteRun, shares
+from tests.soups.boards.test_curves import change_record, write_curves
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -128,6 +129,10 @@ def test_choosing_columns(page: Page):
     page.get_by_label("loss", exact=True).check()
     page.get_by_label("seconds", exact=True).uncheck()
     assert set(headers.all_text_contents()) == {*before, "loss"} - {"seconds"}
+    shown = [text for text in headers.all_text_contents() if text]
+    place = shown.index("loss") - len(shown)
+    cells = page.locator(f"tbody tr td:nth-last-child({-place})").all_text_contents()
+    assert {len(cell.lstrip("0.").replace(".", "")) for cell in cells if cell} == {3}
     page.keyboard.press("Escape")
     assert not page.get_by_label("loss", exact=True).is_visible()
     assert page.evaluate("document.activeElement.textContent") == "Columns"
@@ -159,6 +164,15 @@ def test_the_images_are_drawn(page: Page):
             canvas.getContext("2d").getImageData(0, 0, 8, 8).data.some((value) => value !== 0))"""
     )
     assert page.locator(".images canvas").count() > 0
+
+
+def test_a_long_name_of_a_class_leaves_its_percentage_in_sight(page: Page):
+    tile = page.locator(".images li").first
+    tile.locator(".guess span").first.evaluate("span => { span.textContent = 'm'.repeat(60) }")
+    right = tile.evaluate("tile => tile.getBoundingClientRect().right")
+    small = tile.locator(".guess small").first
+    assert (small.text_content() or "").endswith("%")
+    assert small.evaluate("small => small.getBoundingClientRect().right") <= right
 
 
 def test_more_images_on_demand(page: Page):
@@ -220,6 +234,21 @@ def test_the_keys_go_through_a_picture(page: Page):
     assert found[2] == found[3] == "mehl: 90.00%, 12 s, on the front"
     page.keyboard.press("ArrowLeft")
     assert (said.text_content() or "").startswith("greedy: 87.92%, 3.00 s")
+
+
+def test_models_that_were_scored_once_are_points(
+    show: Callable[..., Page],
+    write_run: WriteRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = write_run()
+    change_record(folder, checkpoints={"00": {}, "01": {}}, learners={})
+    write_curves(tmp_path / "my-zoo", {"00": 2, "01": 2})
+    monkeypatch.chdir(tmp_path)
+    chart = show(write_page(folder)).get_by_role("application", name="Training of the ingredients")
+    assert chart.locator("circle.curve").count() == 2
+    assert chart.locator("path.curve").count() == 0
 
 
 def test_the_map_says_what_each_cell_is(page: Page):

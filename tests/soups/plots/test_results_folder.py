@@ -159,7 +159,7 @@ def test_a_report_that_was_not_asked_for_is_named_with_the_lines_that_ask(result
     with pytest.raises(SoupError, match="did you mean 'greedy'"):
         plots.coefficients(folder, "gredy")
     with pytest.raises(SoupError, match="did you mean 'greedy'"):
-        plots.reliability(folder, ["gredy"])
+        plots.reliability(folder, "gredy")
 
 
 @pytest.mark.parametrize("file", ["leaderboard.csv", "run.json", "examples.npz"])
@@ -172,6 +172,15 @@ def test_another_file_in_the_place_of_one_of_a_run(file, results, tmp_path):
     )
     with pytest.raises(SoupError, match=file.replace(".", r"\.")):
         draw(folder)
+
+
+def test_a_table_that_was_cut_off(results, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(results, folder)
+    path = folder / "leaderboard.csv"
+    path.write_text(path.read_text()[:-60])
+    with pytest.raises(SoupError, match=r"leaderboard\.csv: .*was cut off.*soups\.learn"):
+        plots.leaderboard(folder)
 
 
 def test_the_names_of_a_table_stay_as_they_are(results):
