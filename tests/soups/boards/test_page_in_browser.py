@@ -326,3 +326,8 @@ def test_a_column_of_texts_is_shown_as_texts(show: Callable[..., Page], write_ru
     page.get_by_label("out of fold own").check()
     assert learners(page) == [*SOUPS, "ensemble"]
     assert page.locator("td.text").all_text_contents() == ["True", "False", "", ""]
+
+
+def test_a_very_long_name_widens_nothing(show: Callable[..., Page], write_run: WriteRun):
+    page = show(write_page(write_run(renamed={"mehl": "m" * 150})))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
