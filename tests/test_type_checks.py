@@ -62,6 +62,13 @@ class Plain:
         return cls(count)
 
 
+@dataclass(frozen=True)
+class Counted:
+    # With the field of Plain: the code of `__init__` is the same.
+
+    count: str
+
+
 @dataclass
 class Shaped:
     a: Float[Tensor, " n"]
@@ -88,6 +95,7 @@ def test_what_is_right_passes(code: ModuleType):
     assert list(code.numbers(2)) == [0, 1]
     assert code.outer(2)(3) == 6
     assert code.Plain.of(3) == code.Plain(3)
+    assert code.Counted("3").count == "3"
     code.Shaped(torch.zeros(2), torch.zeros(2))
     assert code.plain.__annotations__["count"] == "int"
 
@@ -109,6 +117,7 @@ def test_what_is_right_passes(code: ModuleType):
         lambda code: code.Plain("3"),
         lambda code: code.Plain(3).half,
         lambda code: code.Plain.of("3"),
+        lambda code: code.Counted(3),
         lambda code: code.Shaped(torch.zeros(2), torch.zeros(3)),
     ],
 )

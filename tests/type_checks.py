@@ -10,7 +10,6 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
 import jaxtyping
@@ -18,7 +17,6 @@ from beartype import BeartypeConf, beartype
 
 _with_shapes = jaxtyping.jaxtyped
 _without = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
-_known: dict[CodeType, dict[str, Any]] = {}
 
 
 def checked(function: Any = None, *, typechecker: Any) -> Any:
@@ -31,7 +29,7 @@ def checked(function: Any = None, *, typechecker: Any) -> Any:
         return function
     if not inspect.isfunction(function) or inspect.isgeneratorfunction(function):
         return _with_shapes(function, typechecker=typechecker)
-    hints = _known.setdefault(function.__code__, _hints(function))
+    hints = _hints(function)
     if any(map(_has_axes, hints.values())):
         return _with_shapes(function, typechecker=typechecker)
     if not hints:

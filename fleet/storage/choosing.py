@@ -82,10 +82,10 @@ def choose(
 
     `size` is ‖w − base‖, which the error is relative to; without it the difference to the parent
     is taken. Tensors that are not finite floats of the parent's shape and dtype are exact, and
-    with tolerance 0 all are. Where all values are positive, so are all that decode. `plain` is
-    always allowed. `unified` is the merged vector of the parent's node, for `emr`; its bytes are
-    the node's. Of equal bytes the first in the registry's order is taken. Raises FleetError for a
-    negative tolerance or an unknown encoding.
+    with tolerance 0 all are. Where no value is negative, none that decodes is, and what is
+    positive stays so. `plain` is always allowed. `unified` is the merged vector of the parent's
+    node, for `emr`; its bytes are the node's. Of equal bytes the first in the registry's order is
+    taken. Raises FleetError for a negative tolerance or an unknown encoding.
     """
     if not tolerance >= 0:
         raise FleetError(f"the tolerance is {tolerance}, wanted a number of at least 0")
@@ -126,9 +126,10 @@ def choose(
 
 
 def _stays_positive(value: Tensor, decoded: Tensor) -> bool:
-    """Whether a tensor that is positive throughout, such as a running variance, still is: a model
-    takes roots of it."""
-    return not bool((value > 0).all()) or bool((decoded > 0).all())
+    """Whether a tensor without a negative value, such as a running variance, still has none, and
+    is positive where it was: a model takes roots of it."""
+    kept = (decoded > 0) | ((decoded == 0) & (value == 0))
+    return bool((value < 0).any()) or bool(kept.all())
 
 
 def _of_fixed_size(

@@ -6,7 +6,7 @@ The page, Markdown and LaTeX have it from here; CSV and Parquet have all columns
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -81,17 +81,18 @@ THEN = (
 OF_OTHERS = {"zoo_size", "ingredients", "kind", "notes", "tied_with_best"}
 SHIFTED = re.compile(r"report_(.+)_accuracy")
 LOW_OF_BASELINE = re.compile(r"vs_(.+)_low")
+OF_DIFFERENCE = ("", "_low", "_high", "_p", "_p_holm")
 
 
-def columns_of(table: Iterable[str]) -> list[Column]:
+def columns_of(table: Iterable[str], texts: Collection[str] = ()) -> list[Column]:
     """The columns that the table has, in the order in which they are read: the known ones, and
-    after them what else there are of numbers."""
+    after them what else there is: numbers, but for those that are `texts`."""
     names = [str(name) for name in table]
     of_baselines = [c for k, name in enumerate(baselines_of(names)) for c in _against(name, k == 0)]
     known = [column for column in (*FIRST, *of_baselines, *THEN) if column.key in names]
     ends = {end for column in known for end in (column.low, column.high)}
     taken = {column.key for column in known} | ends | OF_OTHERS
-    unknown = [_unknown(name) for name in names if name not in taken]
+    unknown = [_unknown(name, name in texts) for name in names if name not in taken]
     return [
         column
         if column.low in names and column.high in names
@@ -112,7 +113,7 @@ def numbers_of(table: Iterable[str]) -> list[str]:
     names = [str(name) for name in table]
     known = {column.key for column in (*FIRST, *THEN) if column.kind != "text"}
     known |= {end for column in FIRST for end in (column.low, column.high) if end}
-    known |= {f"vs_{name}{end}" for name in baselines_of(names) for end in ("", "_low", "_high")}
+    known |= {f"vs_{name}{end}" for name in baselines_of(names) for end in OF_DIFFERENCE}
     return [name for name in names if name in known]
 
 
@@ -140,7 +141,9 @@ def _against(baseline: str, shown: bool) -> tuple[Column, ...]:
     )
 
 
-def _unknown(name: str) -> Column:
+def _unknown(name: str, is_text: bool) -> Column:
+    if is_text:
+        return Column(name, name.replace("_", " "), "text")
     shifted = SHIFTED.fullmatch(name)
     if shifted:
         header = shifted[1].replace("_", " ")

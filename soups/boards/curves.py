@@ -39,8 +39,8 @@ def curves_of(run: RunFolder) -> Iterator[Curves]:
     """The pictures of a run; none of what it has not kept."""
     yield from _training(run)
     for learner, learned in run.record.learners.items():
-        curve = learned.record.get("curve")
-        if curve:
+        curve = learned.record.get("curve", [])
+        if _has(curve, "alpha", "select_accuracy") or _has(curve, "loss"):
             yield _search(learner, curve)
 
 
@@ -60,6 +60,15 @@ def _training(run: RunFolder) -> Iterator[Curves]:
     if lines:
         title = "Training of the ingredients"
         yield Curves(title, "epochs", "accuracy on tune, %", True, tuple(lines))
+
+
+def _has(curve: Any, *keys: str) -> bool:
+    """Whether these are points that all have the keys: what a learner notes is its own affair."""
+    return (
+        isinstance(curve, list)
+        and len(curve) > 0
+        and all(isinstance(point, dict) and {*keys} <= point.keys() for point in curve)
+    )
 
 
 def _search(learner: str, curve: Sequence[Mapping[str, Any]]) -> Curves:

@@ -53,7 +53,7 @@ def shown_columns(task: Task) -> list[Column]:
     several = len(task.runs) > 1
     return [
         column
-        for column in columns_of(task.table)
+        for column in columns_of(task.table, task.texts)
         if (several if column.key == "run" else column.shown)
         and any(task.table[column.key].notna())
     ]

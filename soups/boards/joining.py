@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from soups.boards.folders import RunFolder
 from soups.errors import SoupError
@@ -30,6 +33,11 @@ class Task:
     names: tuple[str, ...]
     table: pd.DataFrame
 
+    @property
+    def texts(self) -> list[str]:
+        """The columns of the table that have something else than numbers."""
+        return [name for name in self.table if not is_numeric_dtype(self.table[name])]
+
     def run(self, name: str) -> RunFolder:
         """The run of this name."""
         return self.runs[self.names.index(name)]
@@ -39,6 +47,7 @@ def join(runs: Sequence[RunFolder]) -> list[Task]:
     """One task for each data set, report split and classes, in the order of the runs.
 
     A run that has kept no classes belongs to the one task with its data and split, if there is one.
+    Raises SoupError for runs that should have the same report images, and have not.
     """
     groups: dict[tuple[str, str, tuple[str, ...] | None], list[RunFolder]] = {}
     for run in runs:
@@ -50,12 +59,33 @@ def join(runs: Sequence[RunFolder]) -> list[Task]:
         others = [other for other in groups if other[:2] == key[:2] and other[2] is not None]
         if len(others) == 1:
             groups[others[0]] += groups.pop(key)
+    for members in groups.values():
+        _check_images(members)
     names = _task_names([data for data, _, _ in groups])
     order = {id(run): place for place, run in enumerate(runs)}
     return [
         _task(name, *key, sorted(members, key=lambda run: order[id(run)]))
         for name, (key, members) in zip(names, groups.items(), strict=True)
     ]
+
+
+def _check_images(runs: Sequence[RunFolder]) -> None:
+    """SoupError where the data have changed between runs that are to be compared image by image."""
+    for one, other in itertools.combinations([run for run in runs if run.right], 2):
+        if one.images == other.images and not _are_alike(one, other):
+            raise SoupError(
+                f"{one.folder}, {other.folder}: the same report split by their configs, but other "
+                f"images ({one.report_count:,} and {other.report_count:,}) or labels: "
+                f"{one.record.config.data.path} has changed, or was in another place; run the "
+                "older one again, or leave one out"
+            )
+
+
+def _are_alike(one: RunFolder, other: RunFolder) -> bool:
+    """Whether as many images are there, with the same labels where these were kept."""
+    if one.examples is None or other.examples is None:
+        return one.report_count == other.report_count
+    return np.array_equal(one.examples.labels, other.examples.labels)
 
 
 def _task(
@@ -105,7 +135,9 @@ def _task_names(paths: Sequence[str]) -> list[str]:
     """What tasks, and their files, are called: the end of the data's path, and where several have
     the same, a number."""
     short = [re.sub(r"[^\w.-]+", "-", Path(path).name).strip("-.") or "data" for path in paths]
-    return [
-        name if short.count(name) == 1 else f"{name}-{short[: place + 1].count(name)}"
-        for place, name in enumerate(short)
-    ]
+    found: list[str] = []
+    for name in short:
+        numbered = (f"{name}-{number}" for number in itertools.count(1))
+        free = (other for other in numbered if other not in (*short, *found))
+        found.append(name if short.count(name) == 1 else next(free))
+    return found

@@ -78,7 +78,7 @@ def _columns(task: Task) -> list[dict[str, Any]]:
     shown = {column.key for column in shown_columns(task)}
     return [
         asdict(column) | {"shown": column.key in shown}
-        for column in columns_of(task.table)
+        for column in columns_of(task.table, task.texts)
         if column.key in shown or any(task.table[column.key].notna())
     ]
 

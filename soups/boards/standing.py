@@ -91,7 +91,9 @@ def _sentences(task: Task, soups: Sequence[Line], tied: Sequence[Line] | None) -
         yield f"{name} has the highest accuracy of the soups, {accuracy}."
     else:
         others = f", or one of the {len(tied)} tied with it" if tied else ""
-        surely = "." if low > 0 else ", which may be nothing: it matters little here."
+        # Of many rows the best is ahead by luck: the corrected p says so, where there is one.
+        sure = low > 0 and not best.get(f"vs_{baseline}_p_holm", math.nan) > 1 - LEVEL
+        surely = "." if sure else ", which may be nothing: it matters little here."
         yield f"Use {name}{others}: {accuracy}, {gain} points over {baseline}{surely}"
     images = f"{count:,} report images" if count else "these report images"
     if tied:

@@ -106,7 +106,7 @@ def examine(
         if base is not None and base not in folder.names:
             raise SoupError(f"--base: there is no {base!r} in {path}; found {listed(folder.names)}")
         scans = scan_all(folder.checkpoints, progress=progress)
-        check_contents(folder, scans)
+        check_contents(folder, scans, base or BASE)
         return _Examination(folder, scans, base, memory_budget, progress).run(config, root, images)
 
 
@@ -210,6 +210,9 @@ class _Examination:
                 self.guess = BaseGuess(
                     names.index(self.named_base), "sure", ("you say so",), float("nan")
                 )
+            else:
+                text = "is named as the base, but cannot be set against the others"
+                self.folder.find("base", "wrong", [self.named_base], text, "name another")
             return
         part = np.ix_(self.family, self.family)
         geometry = Geometry(self.geometry.gram[part], self.geometry.likeness[part])
@@ -263,7 +266,11 @@ class _Examination:
         if len(self._ingredients()) < 2:
             text = f"there is nothing to mix: {plural(len(self._ingredients()), 'checkpoint')} left"
             self.folder.find("few", "wrong", [], text, "a soup needs two of one base, or more")
-        if len(self.kept) > 1:
+        if len(self.kept) > 1 and not tensors:
+            text = "share no weights that can be compared: no tensor of floating-point numbers"
+            names = [self.folder.names[k] for k in self.kept]
+            self.folder.find("few", "wrong", names, text, "a soup is a mean of such numbers")
+        elif len(self.kept) > 1:
             digests = [self.scans[k].digests for k in self.kept]
             frozen = [n for n in tensors if len({own[n] for own in digests}) == 1]
             if frozen:

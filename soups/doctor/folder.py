@@ -102,8 +102,9 @@ def open_folder(path: Path, opened: ExitStack, *, memory_budget: int) -> Folder:
     return folder
 
 
-def check_contents(folder: Folder, scans: Sequence[Scan]) -> None:
-    """Find values that are not finite, and checkpoints that are the same, tensor by tensor."""
+def check_contents(folder: Folder, scans: Sequence[Scan], base: str) -> None:
+    """Find values that are not finite, and checkpoints that are the same, tensor by tensor; of
+    these the `base` is the one to keep."""
     for name, scan in zip(folder.names, scans, strict=True):
         if scan.nonfinite:
             values = plural(sum(scan.nonfinite.values()), "value")
@@ -120,8 +121,8 @@ def check_contents(folder: Folder, scans: Sequence[Scan]) -> None:
         same.setdefault(tuple(sorted(scan.digests.values())), []).append(name)
     for names in same.values():
         if len(names) > 1:
-            names.sort(key=lambda name: name != BASE)  # a base is the one to keep
-            trained = "never trained, or " if BASE in names else ""
+            names.sort(key=lambda name: name != base)
+            trained = "never trained, or " if base in names else ""
             folder.find(
                 "duplicate",
                 "odd",

@@ -60,7 +60,9 @@ class Geometry:
         gram = self._about(one, others)
         # Copies of each other make it singular; the least ridge chooses between them.
         gram += 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram))
-        return float(1 / np.linalg.solve(gram, np.ones(len(gram))).sum())
+        inverse = float(np.linalg.lstsq(gram, np.ones(len(gram)))[0].sum())
+        # Beside numbers that are very much larger, rounding leaves nothing of it.
+        return 1 / inverse if inverse > 0 else 0.0
 
     def _about(self, origin: int, members: Sequence[int]) -> Matrix:
         chosen = list(members)

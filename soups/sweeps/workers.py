@@ -1,7 +1,8 @@
 """Processes that run tasks one after another, and may die; imports no torch.
 
 What their tasks need is imported once, by a process that does nothing else and that workers are
-forked from: it has no threads and has computed nothing, so that forking it is safe. A worker that
+forked from: it has no threads but those of allocators, which know of forks, and has computed
+nothing, so that forking it is safe. A worker that
 is killed (memory, a crash in a library) takes its own task with it and no other: it is named, and
 another worker goes on.
 """
@@ -194,6 +195,8 @@ def _serve(pipe: Connection, threads: int, environment: Mapping[str, str]) -> No
     os.environ.clear()
     os.environ.update(environment)
     _take_threads(threads)
+    if "numpy" in sys.modules:  # else all would draw the same, where a learner asks for no seed
+        sys.modules["numpy"].random.seed()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     warnings.simplefilter("ignore")

@@ -211,6 +211,39 @@ def test_a_base_that_was_named(zoo):
         examine(zoo, base="basis")
 
 
+def test_a_base_that_was_named_is_the_copy_to_keep(zoo):
+    put(zoo, "copy", tensors_of(zoo, "base"))
+    diagnosis = examine(zoo, base="copy")
+    assert found(diagnosis) == {"duplicate": ("copy", "base")}
+    assert (diagnosis.base, diagnosis.sure) == ("copy", "sure")
+
+
+def test_a_base_that_was_named_and_is_broken(zoo):
+    put(zoo, "00", {name: t * float("nan") for name, t in tensors_of(zoo, "00").items()})
+    diagnosis = examine(zoo, base="00")
+    assert found(diagnosis)["base"] == ("00",)
+    assert diagnosis.base is None
+
+
+@pytest.mark.parametrize("times", [1e6, 1e9, 1e12])
+def test_a_checkpoint_that_has_diverged(tmp_path, times):
+    """Beside it rounding leaves nothing of the others: it is told all the same."""
+    stream = torch.Generator().manual_seed(0)
+    base = torch.randn(8, 8, generator=stream)
+    for name in ("base", "00", "01", "02"):
+        moved = base + 0.1 * torch.randn(8, 8, generator=stream) * (name != "base")
+        put(tmp_path, name, {"weight": moved * (times if name == "02" else 1)})
+    diagnosis = examine(tmp_path)
+    assert any("02" in finding.members for finding in diagnosis.findings)
+    wording(diagnosis)
+
+
+def test_checkpoints_without_a_number_that_can_be_mixed(tmp_path):
+    for k in range(3):
+        put(tmp_path, f"{k}", {"codes": torch.arange(4) + k})
+    assert found(examine(tmp_path)) == {"few": ("0", "1", "2")}
+
+
 def test_an_untrained_copy_of_the_base(zoo):
     put(zoo, "00", tensors_of(zoo, "base"))
     diagnosis = examine(zoo)

@@ -37,7 +37,7 @@ function firstPair(rows, baseline) {
 
 function legend(task) {
   const parts = ["Dots are the measured values and lines 95% intervals."];
-  if (task.baseline) parts.push("In differences blue is surely better, orange surely worse, grey neither.");
+  if (task.baseline) parts.push("In differences the whole interval is above zero where it is blue, below where it is orange; it is not corrected for the number of rows, as the column p is.");
   if (task.rows.some((row) => row.standing === "tied")) {
     parts.push("Tied: not told from the best by McNemar's exact test on the same images, corrected by Holm.");
   }

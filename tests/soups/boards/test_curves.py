@@ -61,3 +61,10 @@ def test_what_learners_have_tried(write_run: WriteRun):
     assert curves.title == "cmaes: its search"
     assert curves.lines[0].points == ((1.0, 1.0), (2.0, 0.5), (3.0, pytest.approx(1 / 3)))
     assert not curves.percent
+
+
+@pytest.mark.parametrize("noted", [[], [0.3, 0.2], [{"step": 1}], {"loss": [1, 2]}, "none"])
+def test_what_a_learner_notes_in_its_own_way_is_no_curve(write_run: WriteRun, noted):
+    folder = write_run()
+    change_record(folder, learners={"mine": {"record": {"curve": noted}}})
+    assert [*curves_of(read_run(folder))] == []

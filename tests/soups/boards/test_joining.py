@@ -8,7 +8,7 @@ import pytest
 from soups.boards.folders import RunFolder, read_folders
 from soups.boards.joining import Task, join
 from soups.errors import SoupError
-from tests.soups.boards.conftest import ROWS, WriteRun, shares
+from tests.soups.boards.conftest import ROWS, WriteRun, examples_of, shares
 
 
 def joined(*folders: Path) -> list[Task]:
@@ -73,3 +73,20 @@ def test_images_are_the_same_where_their_draw_is(write_run: WriteRun):
     (task,) = joined(write_run("a"), write_run("b"), write_run("c", split_seed=1))
     first, second, third = (run.images for run in task.runs)
     assert first == second != third
+
+
+def test_files_of_tasks_have_names_of_their_own(write_run: WriteRun):
+    """Else the table of one would be written over that of another."""
+    paths = ("here/x", "there/x", "x-2")
+    tasks = joined(*(write_run(f"run{k}", path=path) for k, path in enumerate(paths)))
+    assert [task.name for task in tasks] == ["x-1", "x-3", "x-2"]
+
+
+def test_runs_whose_data_changed_between_them_are_refused(write_run: WriteRun):
+    """Their images are others by now: comparing them one by one would say something untrue."""
+    a, b, c = write_run("a"), write_run("b", right=shares(239)), write_run("c")
+    with pytest.raises(SoupError, match=r"/a, .*/b: .* other images \(240 and 239\) or labels"):
+        joined(a, b)
+    examples_of(shares(), seed=1).save(c / "examples.npz")
+    with pytest.raises(SoupError, match="digits has changed, or was in another place"):
+        joined(a, c)

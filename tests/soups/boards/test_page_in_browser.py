@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
@@ -341,3 +342,21 @@ def test_it_fits_the_window(
         picture = tmp_path / f"{width}_{scheme}.png"
         page.screenshot(path=picture, full_page=True)
         assert picture.stat().st_size > 20_000
+
+
+def test_a_column_of_texts_is_shown_as_texts(show: Callable[..., Page], write_run: WriteRun):
+    folder = write_run()
+    table = pd.read_csv(folder / "leaderboard.csv")
+    table.assign(out_of_fold_own=["True", "False", None, None]).to_csv(
+        folder / "leaderboard.csv", index=False
+    )
+    page = show(write_page(folder))
+    page.get_by_text("Columns", exact=True).click()
+    page.get_by_label("out of fold own").check()
+    assert learners(page) == [*SOUPS, "ensemble"]
+    assert page.locator("td.text").all_text_contents() == ["True", "False", "", ""]
+
+
+def test_a_very_long_name_widens_nothing(show: Callable[..., Page], write_run: WriteRun):
+    page = show(write_page(write_run(renamed={"mehl": "m" * 150})))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280

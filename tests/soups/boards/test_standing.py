@@ -129,3 +129,14 @@ def test_as_many_images_as_are_needed_find_the_gain():
     found = [paired_difference_interval(*draw(wanted), seed=k).low > 0 for k in range(300)]
     assert 0.73 < np.mean(found) < 0.87
     assert wanted == pytest.approx(1560, rel=0.05)
+
+
+def test_a_gain_that_the_number_of_rows_explains_is_not_sure(write_run: WriteRun):
+    """Of many rows the best is ahead by luck, and its own interval does not know how many."""
+    task = task_of(write_run(right=rows(mehl=range(20), greedy=range(22), best_single=range(90))))
+    for p, end in ((0.04, "over best_single."), (0.06, "it matters little here.")):
+        found = standing(
+            dataclasses.replace(task, table=task.table.assign(vs_best_single_p_holm=p))
+        )
+        assert found is not None
+        assert found.sentences[0].endswith(end)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from soups.errors import SoupError
@@ -61,6 +62,17 @@ def test_a_worker_that_dies_while_it_waits_is_replaced():
         workers._workers[0].process.join()
         (second,) = workers.run(surroundings, [()])
     assert second.result[0] != first.result[0]
+
+
+def drawn() -> float:
+    return float(np.random.random())
+
+
+def test_workers_draw_numbers_of_their_own():
+    """They are forked from one process, with the state of its generator."""
+    with Workers(2, 1) as workers:
+        one, other = workers.run(drawn, [(), ()])
+    assert one.result != other.result
 
 
 def test_the_environment_says_how_many_threads(monkeypatch: pytest.MonkeyPatch):
