@@ -90,7 +90,8 @@ def sweep_sentences(sweep: SweepFolder) -> list[str]:
         found.append(f"Behind it: {_with_gains(behind)}.")
     return [
         *found,
-        "Intervals are 95%, over other splits and images, and over zoos where there are three.",
+        "Intervals are 95%, over other splits and images, and over zoos where there are three; "
+        "each by itself: they are not corrected for the number of learners.",
     ]
 
 
