@@ -57,7 +57,7 @@ def _type(annotation: Any, names: dict[str, Any]) -> Any:
     holder.__annotations__ = {"value": annotation}
     try:
         return typing.get_type_hints(holder, names, include_extras=True)["value"]
-    except Exception:  # whatever evaluating a text raises
+    except (NameError, AttributeError, TypeError):  # of names that only a type checker imports
         return Any
 
 

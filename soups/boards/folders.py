@@ -142,9 +142,8 @@ def read_sweep(folder: Path) -> SweepFolder:
     path = folder / RUNS
     if path.exists():
         found = read_texts(path, needed=("learner", "kind", "report_accuracy", *keys[1:]))
-        for key in keys[:1]:
-            if key not in found:  # no axis sets the zoo
-                found.insert(0, key, ALL)
+        if keys and keys[0] not in found:  # no axis sets the zoo
+            found.insert(0, keys[0], ALL)
         labels = [*found][: [*found].index("learner")]
         runs = with_numbers(
             found, path, but=("learner", "kind", *labels), needed=("report_accuracy",)
